@@ -1,0 +1,1 @@
+"""Teaches a small language model to reason, with a large one as its tutor."""

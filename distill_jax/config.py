@@ -1,0 +1,374 @@
+"""Every knob, on one page: strict frozen models, read from YAML.
+
+A file may name another with `extends:`; its own keys win. `key.sub=value` on the command line
+wins over both. Unknown keys are errors that name the nearest known one. Defaults are the paper's
+(Wang et al., EMNLP 2023) unless a line says otherwise.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+TASKS = ("gsm8k", "multiarith", "svamp", "csqa", "strategyqa", "arithmetic")
+SCRATCH = "scratch"
+TUTOR = "tutor"
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrAll = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A config that can't be run. The message names the key, the value and what is allowed."""
+
+
+class Section(BaseModel):
+    """A group of knobs: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TaskConfig(Section):
+    """Which questions."""
+
+    name: str  # a published set, `arithmetic`, or the path of a JSONL file
+    split: Literal["ho2023", "chilled"] = "ho2023"  # of multiarith, svamp and strategyqa
+    demonstrations: bool = True  # put the task's worked examples in front of every question
+    dev_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of train; 0 reproduces the paper
+    num_train: CountOrAll = 0  # train questions used, before dev is carved out; 0 is all
+    num_test: CountOrAll = 0  # test questions used; 0 is all
+    steps: tuple[Count, ...] = (2, 3, 4)  # arithmetic: solution lengths, in equal parts
+    max_value: Annotated[int, Field(ge=2)] = 30  # arithmetic: the largest number in a question
+
+
+class StudentConfig(Section):
+    """The small model that is taught."""
+
+    model: str  # a Hugging Face directory or hub id, or `scratch`: made by `scratch` below
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights stay float32
+
+
+class ScratchConfig(Section):
+    """A tiny student trained from nothing on generated arithmetic text; our own."""
+
+    width: Count = 160
+    layers: Count = 3
+    steps: Count = 800
+
+
+class ExamConfig(Section):
+    """How the student answers."""
+
+    samples: CountOrAll = 4  # drawn at random per training question, besides the greedy answer
+    temperature: Positive = 1.0
+    top_k: CountOrAll = 50  # 0 keeps the whole vocabulary
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: Count = 128  # of a sample
+    greedy_max_new_tokens: Count = 256  # of the greedy answer, the one that counts
+    batch_questions: Count = 16  # questions answered at the same time, over all devices
+
+
+class TeacherConfig(Section):
+    """The large model that answers over HTTP."""
+
+    url: str = TUTOR  # any OpenAI-compatible endpoint, or `tutor`: the built-in one
+    model: str = TUTOR
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    samples: Count = 4
+    temperature: NotNegative = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    max_tokens: Count = 128
+    feedback: bool = True  # from round 2 on, show the student's wrong rationale
+    hint: bool = True  # show the gold answer
+    concurrency: Count = 32  # requests in flight
+    budget_usd: NotNegative = 0.0  # a hard limit for the run; endpoints that cost nothing need none
+    price_usd: tuple[NotNegative, NotNegative] | None = None  # prompt, completion; a million tokens
+
+
+class TutorConfig(Section):
+    """How often the built-in teacher errs."""
+
+    wrong_rate: Probability = 0.1
+    corrected_wrong_rate: Probability = 0.05  # when the prompt shows a mistake
+
+
+class TrainConfig(Section):
+    """How the student is trained on a lesson."""
+
+    epochs: Count = 10
+    batch_size: Count = 16
+    microbatch_size: Count = 16  # rows computed at a time; smaller saves memory, same gradient
+    learning_rates: tuple[NotNegative, ...] = (1e-6, 7e-7)  # by round; the last one repeats
+    warmup_steps: CountOrAll = 100  # logarithmic, then constant
+    weight_decay: NotNegative = 0.01
+    prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
+    rows: Literal["new", "union"] = "new"  # this round's rationales, or those of all rounds
+    start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
+    remat: bool = False  # recompute blocks in the backward pass: less memory, more time
+    checkpoint_every: Count = 200  # steps
+
+
+class ReflectionConfig(Section):
+    """Learning from one's own mistakes."""
+
+    objective: Literal["triplet", "none"] = "triplet"
+    weight: NotNegative = 0.5
+    margin: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0  # cosine distance
+    prefix_gradient: bool = False  # let the triplet loss's gradient into the prompt's states
+
+
+class RoundsConfig(Section):
+    """When to stop, and which round is the result."""
+
+    max: Count = 4
+    patience: Count = 1  # rounds without a new best dev accuracy before stopping
+    select: Literal["best", "last"] = "best"  # the round that sits the test
+
+
+class MeshConfig(Section):
+    """The device grid. One axis may be -1: all devices that the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    folder: str  # the run folder, made if absent
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    task: TaskConfig
+    student: StudentConfig
+    scratch: ScratchConfig = ScratchConfig()
+    exam: ExamConfig = ExamConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    tutor: TutorConfig = TutorConfig()
+    train: TrainConfig = TrainConfig()
+    reflection: ReflectionConfig = ReflectionConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.field_validator("teacher", mode="before")
+    @classmethod
+    def _expand_tutor(cls, value: Any) -> Any:
+        return {} if value == TUTOR else value
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self) -> "Config":
+        for problem in _impossible(self):
+            raise ValueError(problem)
+        return self
+
+
+def _impossible(config: Config) -> Iterator[str]:
+    """Yields a sentence for every combination that can't work."""
+    task, train, teacher = config.task, config.train, config.teacher
+    if task.name not in TASKS and not task.name.endswith(".jsonl"):
+        near = difflib.get_close_matches(task.name, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        yield (
+            f"task.name is one of {', '.join(TASKS)} or a file that ends in .jsonl; "
+            f"got {task.name!r}{hint}"
+        )
+    if train.batch_size % train.microbatch_size:
+        yield (
+            f"train.microbatch_size must divide train.batch_size ({train.batch_size}); "
+            f"got {train.microbatch_size}."
+        )
+    if not train.learning_rates:
+        yield "train.learning_rates needs one number per round, at least one; got none."
+    if not task.steps:
+        yield "task.steps needs at least one solution length; got none."
+    if task.name == "arithmetic" and not task.num_train:
+        yield "task.num_train says how many arithmetic questions to make, at least 1; got 0."
+    if config.reflection.objective != "none" and not config.exam.samples:
+        yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
+    axes = config.mesh
+    if sum(size == -1 for size in (axes.data, axes.fsdp, axes.tensor)) > 1:
+        yield f"mesh lets one axis be -1 (all that is left); got {axes}."
+    if any(size != -1 and size < 1 for size in (axes.data, axes.fsdp, axes.tensor)):
+        yield f"mesh axes are at least 1, or -1 for all that is left; got {axes}."
+    if not is_free(teacher.url) and teacher.price_usd is None:
+        yield (
+            f"teacher.price_usd is needed to keep teacher.budget_usd at {teacher.url}: "
+            "US dollars per million prompt and completion tokens, such as [0.15, 0.6], "
+            "or [0, 0] for an endpoint that costs nothing."
+        )
+    if teacher.price_usd and any(teacher.price_usd) and not teacher.budget_usd:
+        yield "teacher.budget_usd is the most this run may spend, above 0; got 0."
+
+
+def is_free(url: str) -> bool:
+    """Whether a teacher at `url` costs nothing: the tutor, or a server on this machine."""
+    if url == TUTOR:
+        return True
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file.
+
+    Args:
+      path: A YAML file. `extends:` in it names another, relative to it.
+      overrides: `key.sub=value`, the value in YAML; they win over the file.
+
+    Raises:
+      ConfigError: the file can't be read, a key is unknown, or a value is not allowed. Nothing
+        has been written.
+    """
+    values = _read_yaml(Path(path), seen=())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"an override is written key.sub=value; got {override!r}.")
+        _set(values, key.split("."), _parse_value(override, text))
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """The config that nested `values` describe.
+
+    Raises:
+      ConfigError: a key is unknown, or a value is not allowed.
+
+    Example:
+      >>> parse_config({"folder": "runs/a", "task": {"nam": "gsm8k"}, "student": {"model": "m"}})
+      Traceback (most recent call last):
+      distill_jax.config.ConfigError: task.nam is not a knob; did you mean task.name?
+    """
+    unknown = next(_unknown_keys(values, Config, ()), None)
+    if unknown:
+        raise ConfigError(unknown)
+    try:
+        return Config.model_validate(_lists_to_tuples(values))
+    except pydantic.ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def knobs(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all knobs, in order.
+
+    Example:
+      >>> next(knobs())
+      'folder'
+    """
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from knobs(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """A line `key: old -> new` for every knob whose value differs."""
+    values = ((name, _get(old, name), _get(new, name)) for name in knobs())
+    return [f"{name}: {a!r} -> {b!r}" for name, a, b in values if a != b]
+
+
+def _get(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's values over those of the file that it extends."""
+    if path.resolve() in seen:
+        raise ConfigError(f"extends: {path} extends itself.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {path} can't be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} must hold keys and values; got {values!r}.")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    return _merge(_read_yaml(path.parent / str(parent), (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = dict(base)
+    for key, value in over.items():
+        old = both.get(key)
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        both[key] = _merge(old, value) if nested else value
+    return both
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        values[key] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {override!r} is not YAML.") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string; a knob never means that
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _unknown_keys(values: Any, section: type[Section], path: tuple[str, ...]) -> Iterator[str]:
+    if not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        name = ".".join((*path, str(key)))
+        field = section.model_fields.get(key)
+        if field is None:
+            near = difflib.get_close_matches(name, list(knobs()) + list(Config.model_fields), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(knobs())}."
+            yield f"{name} is not a knob; {hint}"
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _unknown_keys(value, field.annotation, (*path, key))
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    """YAML has lists where the frozen models have tuples, and no exponent without a point."""
+    if isinstance(value, Mapping):
+        return {key: _lists_to_tuples(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(inner) for inner in value)
+    return value
+
+
+def _sentence(error: pydantic.ValidationError) -> str:
+    """The first problem in one sentence: key, what is allowed, what was given."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    if first["type"] == "missing":
+        return f"{key} is missing; it has no default."
+    return f"{key}: {message[0].lower()}{message[1:]}; got {first['input']!r}."
