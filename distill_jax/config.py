@@ -230,12 +230,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       ConfigError: the file can't be read, a key is unknown, or a value is not allowed. Nothing
         has been written.
     """
-    values = _read_yaml(Path(path), seen=())
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return _parse(_read_yaml(Path(path), seen=()), overrides)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with some knobs set anew.
+
+    Raises:
+      ConfigError: as `load_config`.
+
+    Example:
+      >>> values = {"folder": "runs/a", "task": {"name": "svamp"}, "student": {"model": "m"}}
+      >>> override(parse_config(values), ["rounds.max=2"]).rounds.max
+      2
+    """
+    return _parse(config.model_dump(mode="json"), overrides)
+
+
+def _parse(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    for setting in overrides:
+        key, equals, text = setting.partition("=")
         if not equals or not key:
-            raise ConfigError(f"an override is written key.sub=value; got {override!r}.")
-        _set(values, key.split("."), _parse_value(override, text))
+            raise ConfigError(f"an override is written key.sub=value; got {setting!r}.")
+        _set(values, key.split("."), _parse_value(setting, text))
     return parse_config(values)
 
 
@@ -313,8 +330,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     both = dict(base)
     for key, value in over.items():
         old = both.get(key)
-        nested = isinstance(old, dict) and isinstance(value, dict)
-        both[key] = _merge(old, value) if nested else value
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value)
+        both[key] = value
     return both
 
 
@@ -326,11 +344,11 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _parse_value(override: str, text: str) -> Any:
+def _parse_value(setting: str, text: str) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"the value of {override!r} is not YAML.") from None
+        raise ConfigError(f"the value of {setting!r} is not YAML.") from None
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string; a knob never means that
         try:
             return float(value)

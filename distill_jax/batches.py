@@ -1,0 +1,308 @@
+"""Attempts and rationales become `Batch` arrays, in seeded order.
+
+A row is one kept rationale. What it is paired with and where it stands in an epoch depend on the
+seed, the round and the epoch alone: not on the batch size of a device, nor on interruptions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distill_jax.prompts import mistake_target, target
+from distill_jax.records import GREEDY, Attempt, Question, Rationale
+from distill_jax.student.step import Batch, Stretch
+from distill_jax.tokenizer import Tokenizer, common_length
+
+MAX_POSITIVES = 10
+MAX_NEGATIVES = 4
+LENGTH_STEP = 32
+"""Stretches are padded to a multiple of this, which bounds the number of compiled shapes."""
+
+Tokens = tuple[int, ...]
+NO_TOKENS: Tokens = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rationale to train on, in token ids, and what it may be paired with."""
+
+    question_id: str
+    question: Tokens  # the prompt behind the shared beginning
+    anchor: Tokens
+    positives: tuple[Tokens, ...]
+    negatives: tuple[Tokens, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a round.
+
+    `len(rows) + sum(dropped.values())` is the number of rationales handed in.
+    """
+
+    shared: Tokens  # what every prompt begins with
+    rows: tuple[Row, ...]
+    dropped: Mapping[str, int]  # by reason
+    num_cut_mistakes: int  # mistakes too long for the context: cut there, end token forced
+
+    @property
+    def num_pairs(self) -> int:
+        """Rows that have a positive and a negative."""
+        return sum(bool(row.positives and row.negatives) for row in self.rows)
+
+
+def make_rows(
+    rationales: Sequence[Rationale],
+    attempts: Sequence[Attempt],
+    questions: Mapping[str, Question],
+    *,
+    tokenizer: Tokenizer,
+    prompt: Callable[[Question], str],
+    max_length: int,
+    seed: int,
+) -> Rows:
+    """Tokenises what a round is trained on.
+
+    Args:
+      rationales: The kept ones; each becomes a row or is counted in `dropped`.
+      attempts: The exam before this round. Its drawn samples that are wrong are the negatives.
+      questions: By id; holds every rationale's question.
+      tokenizer: The student's.
+      prompt: Gives a question's prompt, demonstrations included.
+      max_length: Tokens that the student can hold; a longer row is dropped as `too_long`.
+      seed: Chooses the pools where a question has more texts than a pool holds.
+
+    Source:
+      Wang et al. (EMNLP 2023): positives are other rationales of the question with a different
+      text, at most 10 kept; negatives are the distinct wrong samples, at most 4 kept.
+    """
+    asked = {row.question_id: questions[row.question_id] for row in rationales}
+    prompts = {key: prompt(question) for key, question in asked.items()}
+    heads = {key: tokenizer.encode_prompt(text) for key, text in prompts.items()}
+    num_shared = common_length(list(heads.values()))
+    shared = next(iter(heads.values()))[:num_shared] if num_shared else []
+    encoded = _Encoder(tokenizer, prompts, heads, max_length)
+    anchors = [encoded.anchor(row, asked[row.question_id]) for row in rationales]
+    wrong = _wrong_texts(attempts)
+    negatives = {key: encoded.mistakes(key, wrong.get(key, ())) for key in asked}
+    positives: dict[str, list[Tokens]] = {}
+    for row, anchor in zip(rationales, anchors, strict=True):
+        if len(heads[row.question_id]) + len(anchor) <= max_length:
+            positives.setdefault(row.question_id, []).append(anchor)
+
+    pick = np.random.default_rng([seed, len(rationales)])
+    rows = []
+    for row, anchor in zip(rationales, anchors, strict=True):
+        key = row.question_id
+        if len(heads[key]) + len(anchor) > max_length:
+            continue
+        others = [text for text in dict.fromkeys(positives[key]) if text != anchor]
+        rows.append(
+            Row(
+                question_id=key,
+                question=tuple(heads[key][num_shared:]),
+                anchor=anchor,
+                positives=_pool(others, MAX_POSITIVES, pick),
+                negatives=_pool(negatives[key], MAX_NEGATIVES, pick),
+            )
+        )
+    dropped = {"too_long": len(rationales) - len(rows)} if len(rows) < len(rationales) else {}
+    return Rows(tuple(shared), tuple(rows), dropped, encoded.num_cut)
+
+
+class _Encoder:
+    """Tokenises targets behind their prompts, and counts the mistakes that had to be cut."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Mapping[str, str],
+        heads: Mapping[str, Sequence[int]],
+        max_length: int,
+    ):
+        self.tokenizer, self.prompts, self.heads = tokenizer, prompts, heads
+        self.max_length = max_length
+        self.num_cut = 0
+
+    def anchor(self, row: Rationale, question: Question) -> Tokens:
+        text = target(question, row.text)
+        return tuple(self.tokenizer.encode_target(self.prompts[row.question_id], text))
+
+    def mistakes(self, key: str, texts: Sequence[str]) -> list[Tokens]:
+        room = self.max_length - len(self.heads[key])
+        found = []
+        for text in texts:
+            ids = self.tokenizer.encode_target(self.prompts[key], mistake_target(text))
+            if len(ids) > room > 0:
+                self.num_cut += 1
+                ids = [*ids[: room - 1], ids[-1]]
+            if room > 0:
+                found.append(tuple(ids))
+        return found
+
+
+def _wrong_texts(attempts: Sequence[Attempt]) -> dict[str, list[str]]:
+    """Each question's distinct wrong samples, in the order drawn; empty texts are no mistakes."""
+    found: dict[str, dict[str, None]] = {}
+    for attempt in attempts:
+        if attempt.sample_index != GREEDY and not attempt.correct and attempt.text.strip():
+            found.setdefault(attempt.question_id, {})[attempt.text.strip()] = None
+    return {key: list(texts) for key, texts in found.items()}
+
+
+def _pool(texts: Sequence[Tokens], size: int, pick: np.random.Generator) -> tuple[Tokens, ...]:
+    if len(texts) <= size:
+        return tuple(texts)
+    return tuple(texts[i] for i in sorted(pick.choice(len(texts), size, replace=False)))
+
+
+def plan_epoch(
+    question_ids: Sequence[str], *, batch_size: int, seed: int, round_index: int, epoch: int
+) -> list[list[int]]:
+    """Which rows make up each batch of an epoch: every row once, no question twice in a batch.
+
+    Questions are visited in random order, again and again, and give one unused row per visit; the
+    batches are then shuffled. A batch is short where only questions that it already holds are
+    left.
+
+    Args:
+      question_ids: Each row's question.
+      batch_size: Rows of a batch, at most.
+      seed: With the round and the epoch, all that the order depends on.
+      round_index: From 1.
+      epoch: From 0.
+
+    Source:
+      The released code's UniqueQuestionSampler, over the whole batch instead of a device's part,
+      and short batches instead of repeated rows.
+    """
+    rng = np.random.default_rng([seed, round_index, epoch, 0])
+    unused: dict[str, list[int]] = {}
+    for index, question_id in enumerate(question_ids):
+        unused.setdefault(question_id, []).append(index)
+    for rows in unused.values():
+        rng.shuffle(rows)
+    batches: list[list[int]] = []
+    batch: dict[str, int] = {}
+    while unused:
+        if all(question_id in batch for question_id in unused):
+            batches.append(list(batch.values()))
+            batch = {}
+        names = list(unused)
+        for name in (names[i] for i in rng.permutation(len(names))):
+            if name in batch:
+                continue
+            batch[name] = unused[name].pop()
+            if not unused[name]:
+                del unused[name]
+            if len(batch) == batch_size:
+                batches.append(list(batch.values()))
+                batch = {}
+    if batch:
+        batches.append(list(batch.values()))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def draw_pairs(
+    rows: Rows, *, seed: int, round_index: int, epoch: int
+) -> list[tuple[Tokens, Tokens]]:
+    """A positive and a negative for every row, drawn anew each epoch; empty without a pair."""
+    rng = np.random.default_rng([seed, round_index, epoch, 1])
+    draws = rng.random((len(rows.rows), 2))
+
+    def draw(pool: tuple[Tokens, ...], number: float) -> Tokens:
+        return pool[int(number * len(pool))]
+
+    return [
+        (draw(row.positives, x), draw(row.negatives, y))
+        if row.positives and row.negatives
+        else (NO_TOKENS, NO_TOKENS)
+        for row, (x, y) in zip(rows.rows, draws, strict=True)
+    ]
+
+
+def make_batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    multiple: int,
+    pairs: bool,
+    seed: int,
+    round_index: int,
+    epochs: int,
+    start: int = 0,
+) -> Iterator[tuple[int, Batch]]:
+    """The batches of a round from step `start` on, each with its epoch.
+
+    Args:
+      rows: What `make_rows` gave.
+      batch_size: Rows per update.
+      multiple: The number of rows of a batch is a multiple of this; rows that only fill it have
+        `real` False.
+      pairs: Whether positives and negatives are wanted.
+      seed: With the round, all that the order depends on.
+      round_index: From 1.
+      epochs: Passes over the rows.
+      start: Batches already trained on.
+    """
+    num_rows = -(-batch_size // multiple) * multiple
+    ids = [row.question_id for row in rows.rows]
+    done = 0
+    for epoch in range(epochs):
+        order = {"seed": seed, "round_index": round_index, "epoch": epoch}
+        plan = plan_epoch(ids, batch_size=batch_size, **order)
+        if done + len(plan) <= start:
+            done += len(plan)
+            continue
+        drawn = draw_pairs(rows, **order) if pairs else [(NO_TOKENS, NO_TOKENS)] * len(ids)
+        for indices in plan[max(start - done, 0) :]:
+            yield epoch, _collate(rows, indices, drawn, num_rows)
+        done += len(plan)
+
+
+def num_steps(rows: Rows, *, batch_size: int, seed: int, round_index: int, epochs: int) -> int:
+    """How many batches `make_batches` gives in all."""
+    ids = [row.question_id for row in rows.rows]
+    order = {"batch_size": batch_size, "seed": seed, "round_index": round_index}
+    return sum(len(plan_epoch(ids, epoch=epoch, **order)) for epoch in range(epochs))
+
+
+def _collate(
+    rows: Rows, indices: Sequence[int], drawn: Sequence[tuple[Tokens, Tokens]], num_rows: int
+) -> Batch:
+    chosen = [rows.rows[i] for i in indices]
+    pairs = [drawn[i] for i in indices]
+    with_pairs = any(positive for positive, _ in drawn)
+    longest = max(
+        len(x) for row, pair in zip(chosen, pairs, strict=True) for x in (row.anchor, *pair)
+    )
+    width = _round_up(longest)
+    fill = num_rows - len(indices)
+    arrays: dict[str, Any] = {
+        "shared": np.asarray(rows.shared, np.int32),
+        "question": _stretch(
+            [row.question for row in chosen], fill, _round_up(max(len(r.question) for r in chosen))
+        ),
+        "anchor": _stretch([row.anchor for row in chosen], fill, width),
+        "positive": _stretch([p for p, _ in pairs], fill, width if with_pairs else 0),
+        "negative": _stretch([n for _, n in pairs], fill, width if with_pairs else 0),
+        "valid": np.asarray([bool(p and n) for p, n in pairs] + [False] * fill),
+        "real": np.asarray([True] * len(chosen) + [False] * fill),
+    }
+    return Batch(**arrays)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_STEP) * LENGTH_STEP
+
+
+def _stretch(texts: Sequence[Tokens], fill: int, width: int) -> Stretch:
+    tokens = np.zeros((len(texts) + fill, width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    arrays: dict[str, Any] = {"tokens": tokens, "mask": mask}
+    return Stretch(**arrays)

@@ -1,0 +1,108 @@
+"""Weights and optimiser state to disk and back, on any mesh.
+
+Two kinds: a round's finished weights (`round_01/checkpoint`), and the train states that an
+interrupted round continues from (`round_01/training`), written in the background.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from distill_jax.student.model import Params
+from distill_jax.student.step import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def save_params(folder: Path, params: Params) -> None:
+    """Writes finished weights; `folder` exists only once all of them are on disk."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder.resolve(), params)
+
+
+def load_params(folder: Path, like: Params) -> Params:
+    """Reads what `save_params` wrote.
+
+    Args:
+      folder: The checkpoint.
+      like: A tree of `jax.ShapeDtypeStruct` with shardings: where the weights shall lie, whatever
+        mesh wrote them.
+
+    Raises:
+      ValueError: the checkpoint holds other weights than `like` describes, or can't be read.
+    """
+    with ocp.StandardCheckpointer() as reader:
+        return _restore(folder, lambda: reader.restore(folder.resolve(), like))
+
+
+def abstract(tree: Any) -> Any:
+    """The shapes, dtypes and shardings of a tree of arrays, as a target to restore into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class TrainingCheckpoints:
+    """The train states of one round in progress: the newest two, written in the background.
+
+    Use it in a `with` statement: leaving it waits for the last write, without which the newest
+    state would be lost.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder.resolve()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
+        )
+
+    def __enter__(self) -> "TrainingCheckpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts to write `state`, which may be donated as soon as this returns."""
+        saved = self._manager.save(step, args=ocp.args.StandardSave(state))
+        assert saved, f"step {step} was saved before"
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest state that can be read, in the layout of `like`; None if there is none.
+
+        A state that can't be read, such as a copy cut short, is named in the log and the one
+        before it is taken.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = _restore(
+                    self._folder / str(step),
+                    lambda step=step: self._manager.restore(
+                        step, args=ocp.args.StandardRestore(like)
+                    ),
+                )
+            except ValueError as error:
+                log.warning("%s The state before it is used.", error)
+                self._manager.delete(step)
+            else:
+                return TrainState(*restored)
+        return None
+
+
+def _restore(folder: Path, read: Any) -> Any:
+    """What `read` returns; whatever goes wrong in it becomes one sentence."""
+    try:
+        return read()
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"checkpoint {folder} can't be read: {reason}.") from error

@@ -1,0 +1,234 @@
+"""The commands. Everything heavy is imported inside them, so that `--help` answers at once.
+
+Messages go to stderr, results to stdout. Exit codes: 0 done, 1 a bug, 2 wrong usage or config,
+10 paused by the budget, 11 quota exhausted, 12 credentials refused, 13 disk, 14 interrupted.
+"""
+
+import errno
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Teaches a small language model to reason, round by round, with a large one as its tutor.",
+)
+data = typer.Typer(no_args_is_help=True, help="Question sets on this machine.")
+app.add_typer(data, name="data")
+
+
+class SplitName(StrEnum):
+    """The splits of a question set."""
+
+    TRAIN = "train"
+    DEV = "dev"
+    TEST = "test"
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win.")
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def main() -> None:
+    """Runs one command, and turns what users can mend into one sentence and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _leave("interrupted; the same command goes on from here.", INTERRUPTED)
+    except (ValueError, OSError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _leave(str(error), code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that a user can mend; None for a bug."""
+    if isinstance(error, OSError):
+        return DISK if error.errno in FULL else None
+    return getattr(error, "exit_code", WRONG_USAGE if isinstance(error, ValueError) else None)
+
+
+def _leave(message: str, code: int) -> None:
+    print(f"distill-jax: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _show(value: dict[str, Any], as_json: bool, show: Callable[[], None] | None = None) -> None:
+    """Prints a result, as one JSON object or for a reader."""
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False))
+    elif show is not None:
+        show()
+    else:
+        for key, item in value.items():
+            print(f"{key.replace('_', ' ')}: {item}")
+
+
+def _keep_compilations() -> None:
+    """Compiled programs are kept between commands; those of other machines may not run here."""
+    home = Path("~/.cache/distill_jax/compiled").expanduser() / platform.node()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A config, such as configs/quickstart.yaml.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Teach a student round by round. The same command continues an interrupted run."""
+    from distill_jax.config import load_config
+
+    settings = load_config(config, overrides or [])
+    _keep_compilations()
+    from distill_jax import rounds
+    from distill_jax.report.page import write_page
+    from distill_jax.report.summary import status_json, summarise
+    from distill_jax.report.tables import print_runs
+
+    rounds.run(settings)
+    folder = Path(settings.folder)
+    page = write_page([folder], folder / "report.html")
+    summary = summarise(folder)
+    _show(status_json(summary), as_json, lambda: print_runs([summary]))
+    print(f"report: {page}", file=sys.stderr)
+
+
+@app.command()
+def exam(
+    student: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Who sits the exam.")],
+    overrides: Overrides = None,
+    task: Annotated[str, typer.Option(help="Questions; a run's own if left out.")] = "",
+    split: Annotated[SplitName, typer.Option(help="Which of them.")] = SplitName.TEST,
+    round_index: Annotated[int, typer.Option("--round", help="-1: the run's chosen round.")] = -1,
+    as_json: AsJson = False,
+) -> None:
+    """Sit one exam: accuracy with its interval, unreadable and cut answers."""
+    from distill_jax.config import load_config, parse_config
+    from distill_jax.config import override as apply
+    from distill_jax.run_folder import read_json
+
+    folder = Path(student)
+    chosen = round_index
+    if (folder / "config.yaml").exists():
+        settings = load_config(folder / "config.yaml")
+        chosen = read_json(folder / "result.json").get("chosen_round", 0) if chosen < 0 else chosen
+    else:
+        chosen = max(chosen, 0)
+        settings = parse_config(
+            {"folder": str(folder), "task": {"name": task}, "student": {"model": student}}
+        )
+    named = [f"task.name={task}"] if task else []
+    settings = apply(settings, [*named, *(overrides or [])])
+    _keep_compilations()
+    from distill_jax.progress import Progress
+    from distill_jax.school import examine
+
+    result = examine(settings, folder, split=split.value, round_index=chosen, progress=Progress())
+    _show({"task": settings.task.name, "split": split.value, "round": chosen, **result}, as_json)
+
+
+@app.command()
+def status(run: RunFolder, as_json: AsJson = False) -> None:
+    """Where a run stands, what it has spent, what is left, and what went wrong."""
+    from distill_jax.report.summary import status_json, summarise
+    from distill_jax.report.tables import print_status
+
+    summary = summarise(run)
+    _show(status_json(summary), as_json, lambda: print_status(summary))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    to: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tables here and one HTML page, for one run or several side by side."""
+    from distill_jax.report.page import write_page
+    from distill_jax.report.summary import status_json, summarise
+    from distill_jax.report.tables import print_runs
+
+    page = write_page(runs, to or runs[0] / "report.html")
+    summaries = [summarise(run) for run in runs]
+    facts = {"page": str(page), "runs": [status_json(summary) for summary in summaries]}
+    _show(facts, as_json, lambda: print_runs(summaries))
+    print(f"report: {page}", file=sys.stderr)
+
+
+@app.command()
+def tutor(
+    task: Annotated[str, typer.Option(help="The questions it can explain.")],
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="On the loopback address; 0 takes a free one.")] = 8000,
+) -> None:
+    """Serve the built-in teacher as an OpenAI-compatible endpoint on this machine."""
+    from distill_jax.config import override, parse_config
+    from distill_jax.questions import default_data_dir, load_questions
+    from distill_jax.teacher.tutor import serve_forever
+
+    number = 1000 if task == "arithmetic" else 0  # as many as are made, or all there are
+    values = {"folder": "-", "task": {"name": task, "num_train": number}, "student": {"model": "-"}}
+    settings = override(parse_config(values), overrides or [])
+    questions = load_questions(settings.task, seed=settings.seed, data_dir=default_data_dir())
+    serve_forever(questions, tutor=settings.tutor, seed=settings.seed, port=port)
+
+
+@data.command()
+def prepare(
+    task: Annotated[str, typer.Argument(help="gsm8k, multiarith, svamp, csqa or strategyqa.")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="A folder with the raw files; else downloads.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="ho2023, or chilled.")] = "ho2023",
+    as_json: AsJson = False,
+) -> None:
+    """Download a question set, or build it from raw files in a folder."""
+    from distill_jax.questions import default_data_dir, prepare
+
+    counts = prepare(task, split=split, data_dir=default_data_dir(), source=source)
+    _show({"task": task, "split": split, **counts}, as_json)
+
+
+@app.command(name="import")
+def import_(
+    model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id.")],
+    to: Annotated[Path, typer.Option(help="The checkpoint to make.")],
+    as_json: AsJson = False,
+) -> None:
+    """Read published weights, checking every one, and keep them as a checkpoint."""
+    _keep_compilations()
+    from distill_jax.exchange import import_model
+
+    _show(import_model(model, to), as_json)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="The directory to make.")],
+    round_index: Annotated[int, typer.Option("--round", help="-1: the chosen round.")] = -1,
+    as_json: AsJson = False,
+) -> None:
+    """Write a round's student as a Hugging Face directory, ready for transformers."""
+    _keep_compilations()
+    from distill_jax.exchange import export_round
+
+    _show(export_round(run, to, round_index=round_index), as_json)

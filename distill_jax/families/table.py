@@ -1,0 +1,53 @@
+"""What a family's table says: where its config keeps each field, and its names and layouts."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a published config keeps one field of `ModelConfig`.
+
+    Attributes:
+      key: Its key, with a dot before a key of an inner object; "" if no config says it.
+      default: What an absent key means: a value, or a function of the fields listed before it.
+      older: The key that older files use.
+    """
+
+    key: str
+    default: Any
+    older: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family as published on the Hugging Face hub.
+
+    A weight's layout names the dims of the published array by our logical axes. Dims that are one
+    in the file stand in brackets, slowest first: `(heads head_dim) embed`. Where several of our
+    weights share an array, `0/3` is the first of three equal parts. Our own order of dims is
+    that of the declaration in `student/model.py`, so a layout alone says what to transpose.
+
+    Attributes:
+      architecture: The class that `config.json` names.
+      model_type: What `config.json` calls the family.
+      fields: Where each field of `ModelConfig` stands.
+      understood: Keys that change the model, and the values that we compute; others are refused.
+      prefix: What some files leave out in front of the names.
+      weights: Our path to (published name, layout); `{}` in a name is the layer.
+      ignored: Patterns of arrays that hold nothing learnt.
+    """
+
+    architecture: str
+    model_type: str
+    fields: Mapping[str, Field]
+    understood: Mapping[str, tuple[Any, ...]]
+    prefix: str
+    weights: Mapping[str, tuple[str, str]]
+    ignored: tuple[str, ...] = ()
+
+
+def derived(value: Callable[[dict[str, Any]], Any] | Any) -> Field:
+    """A field that no config of the family says: a value, or a function of earlier fields."""
+    return Field("", value)

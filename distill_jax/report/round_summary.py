@@ -1,0 +1,185 @@
+"""One round in numbers: the exam that opens it, the lesson, the training, the exam that ends it."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from distill_jax.records import Attempt, Question, Rationale, Verdict
+from distill_jax.report.files import Stage, read_stage, round_folders
+from distill_jax.report.marks import Change, Marks, compare, greedy, mark, mark_groups
+from distill_jax.run_folder import read_json
+
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """A finished exam on held-out questions: all of them, and by group."""
+
+    marks: Marks
+    groups: Mapping[str, Marks]
+
+
+@dataclass(frozen=True, slots=True)
+class LessonCounts:
+    """What one round of teaching gave, counted.
+
+    Attributes:
+      num_questions: Questions that the teacher was asked about.
+      num_taught: Those of them with at least one kept rationale.
+      verdicts: Answers by verdict, all verdicts, zeros included. They sum to the answers asked.
+    """
+
+    num_questions: int
+    num_taught: int
+    verdicts: Mapping[str, int]
+
+    @property
+    def num_asked(self) -> int:
+        """Answers asked of the teacher."""
+        return sum(self.verdicts.values())
+
+    @property
+    def num_answered(self) -> int:
+        """Answers that came."""
+        return self.num_asked - self.verdicts["failed"]
+
+    @property
+    def num_kept(self) -> int:
+        return self.verdicts["kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """One round; what has not finished yet is None or empty.
+
+    Attributes:
+      round_index: 0 is the untrained student.
+      exam: Greedy answers to the training questions by the weights that *enter* the round.
+      num_exam_rows: Attempts in that exam, samples included.
+      num_wrong_samples: Wrong ones among the samples.
+      lesson: What the teacher gave.
+      rows: Rationales trained on.
+      pairs: Rows that had both a positive and a negative to reflect on.
+      steps: Updates.
+      dropped_rows: Rationales that were kept but not trained on, by reason.
+      seconds: By stage, over all interruptions.
+      dev: Answers to the dev questions by the weights that *leave* the round.
+      change: What changed on dev since the round before.
+    """
+
+    round_index: int
+    exam: Marks | None
+    num_exam_rows: int
+    num_wrong_samples: int
+    lesson: LessonCounts | None
+    rows: int | None
+    pairs: int | None
+    steps: int | None
+    dropped_rows: Mapping[str, int]
+    seconds: Mapping[str, float | int]
+    dev: Exam | None
+    change: Change | None
+
+    @property
+    def dev_accuracy(self) -> float | None:
+        return self.dev.marks.accuracy if self.dev else None
+
+    @property
+    def train_error_rate(self) -> float | None:
+        return self.exam.error_rate if self.exam else None
+
+    @property
+    def total_seconds(self) -> float:
+        return float(sum(self.seconds.values()))
+
+
+def read_rounds(folder: Path, questions: Mapping[str, Question]) -> tuple[RoundSummary, ...]:
+    """The rounds that have begun, in order."""
+    rounds = []
+    dev_before: list[Attempt] = []
+    for index, path in round_folders(folder).items():
+        exam = finished_rows(read_stage(path, "exam", Attempt))
+        lesson = finished_rows(read_stage(path, "lesson", Rationale))
+        dev = greedy(finished_rows(read_stage(path, "dev", Attempt)))
+        facts = read_json(path / "round.json")
+        trained = facts if (path / "metrics.jsonl").exists() else {}  # until then they are plans
+        rounds.append(
+            RoundSummary(
+                round_index=index,
+                exam=mark(greedy(exam)) if exam else None,
+                num_exam_rows=len(exam),
+                num_wrong_samples=sum(not a.correct for a in exam) - _num_wrong(greedy(exam)),
+                lesson=count_lesson(lesson) if lesson else None,
+                rows=trained.get("rows"),
+                pairs=trained.get("pairs"),
+                steps=trained.get("steps"),
+                dropped_rows=trained.get("dropped_rows", {}),
+                seconds=facts.get("seconds", {}),
+                dev=summarise_exam(dev, questions) if dev else None,
+                change=compare(dev_before, dev) if dev and dev_before else None,
+            )
+        )
+        dev_before = dev
+    return tuple(rounds)
+
+
+def finished_rows(stage: Stage | None) -> tuple:
+    """The rows of a stage, or none as long as it is going on."""
+    return stage.rows if stage and stage.finished else ()
+
+
+def _num_wrong(attempts: Sequence[Attempt]) -> int:
+    return sum(not attempt.correct for attempt in attempts)
+
+
+def count_lesson(rows: Sequence[Rationale]) -> LessonCounts:
+    """Counts the teacher's answers of one round."""
+    verdicts = Counter(row.verdict for row in rows)
+    return LessonCounts(
+        num_questions=len({row.question_id for row in rows}),
+        num_taught=len({row.question_id for row in rows if row.verdict == "kept"}),
+        verdicts={verdict: verdicts[verdict] for verdict in VERDICTS},
+    )
+
+
+def summarise_exam(attempts: Sequence[Attempt], questions: Mapping[str, Question]) -> Exam:
+    """Counts a finished exam on held-out questions."""
+    if not questions:  # not written yet, or gone: neither groups nor texts to compare
+        return Exam(mark(attempts), {})
+    return Exam(mark(attempts, questions), mark_groups(attempts, questions))
+
+
+def round_json(entry: RoundSummary) -> dict[str, Any]:
+    """A round as a command prints it under `--json`."""
+    lesson = entry.lesson
+    return {
+        "round": entry.round_index,
+        "dev_accuracy": entry.dev_accuracy,
+        "train_error_rate": entry.train_error_rate,
+        "rows": entry.rows,
+        "steps": entry.steps,
+        "seconds": entry.total_seconds,
+        "seconds_by_stage": dict(entry.seconds),
+        "dev": exam_json(entry.dev) if entry.dev else None,
+        "asked": lesson.num_asked if lesson else None,
+        "answered": lesson.num_answered if lesson else None,
+        "verdicts": dict(lesson.verdicts) if lesson else None,
+    }
+
+
+def exam_json(exam: Exam) -> dict[str, Any]:
+    """An exam as a command prints it under `--json`."""
+    marks = exam.marks
+    return {
+        "accuracy": marks.accuracy,
+        "low": marks.interval[0],
+        "high": marks.interval[1],
+        "questions": marks.num_questions,
+        "unreadable": marks.num_unreadable,
+        "cut": marks.num_cut,
+        "original_accuracy": marks.original_accuracy,
+        "groups": {name: group.accuracy for name, group in exam.groups.items()},
+    }

@@ -1,0 +1,280 @@
+"""The loop: exam, teaching, training, dev exam, until the student stops improving.
+
+Every stage asks first whether its file is finished, so the same call starts a run, continues it
+wherever it was interrupted, and does nothing to a finished one.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+from distill_jax import prompts, run_folder
+from distill_jax.batches import make_rows
+from distill_jax.config import TUTOR, Config, is_free
+from distill_jax.exam import accuracy, take_exam
+from distill_jax.progress import Progress
+from distill_jax.records import GREEDY, Attempt, Lesson, Question, Rationale, Split, to_json
+from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
+from distill_jax.school import School, open_school
+from distill_jax.teacher.client import TeacherClient
+from distill_jax.teacher.ledger import Ledger
+from distill_jax.teacher.lesson import ask_teacher
+from distill_jax.teacher.tutor import serve
+from distill_jax.training import round_steps, train_round
+
+NO_MISTAKES = "every training question was answered right"
+NOTHING_KEPT = "none of the teacher's answers could be trained on"
+
+
+def run(config: Config, *, progress: Progress | None = None) -> dict[str, object]:
+    """Teaches the student round by round; continues a run that was interrupted.
+
+    Args:
+      config: All settings. `config.folder` is made, or continued if it is there.
+      progress: Where to show what is going on; stderr unless told otherwise.
+
+    Returns:
+      What `result.json` holds: `stop_reason`, `chosen_round`, `rounds`.
+
+    Raises:
+      ConfigError: the run can't start as configured. Nothing has been spent.
+      TeacherError: the teacher refused, or the budget is spent. All answers paid for are in the
+        ledger; the same call goes on from there.
+      TrainingDiverged: the loss is not a number any more.
+
+    Source:
+      Wang et al., "Democratizing Reasoning Ability" (EMNLP 2023), algorithm 1.
+    """
+    progress = progress or Progress()
+    folder = run_folder.open_run(config)
+    with run_folder.lock(folder):
+        if not (folder / "result.json").exists():
+            school = open_school(config, folder, progress)
+            _sit(school, 0, "dev", weights_round=0)
+            finished, reason = 0, ""
+            while not (reason := reason or _reason_to_stop(school, finished)):
+                reason = _play_round(school, finished + 1)
+                finished += not reason
+            _finish(school, finished, reason)
+        return run_folder.read_json(folder / "result.json")
+
+
+def _play_round(school: School, round_index: int) -> str:
+    """One round; returns why it could not be played, or an empty string."""
+    attempts = _sit(school, round_index, "exam", weights_round=round_index - 1)
+    if round_index > 1 and not _mistakes(attempts):
+        return NO_MISTAKES
+    lesson = _teach(school, round_index, attempts)
+    if not lesson.kept:
+        return NOTHING_KEPT
+    _train(school, round_index, attempts)
+    _sit(school, round_index, "dev", weights_round=round_index)
+    return ""
+
+
+def _reason_to_stop(school: School, finished: int) -> str:
+    """Why no further round is played after `finished` rounds; empty to go on."""
+    rounds = school.config.rounds
+    if finished >= rounds.max:
+        return f"the limit of {rounds.max} rounds"
+    if not school.questions["dev"] or not finished:
+        return ""
+    marks = _dev_accuracies(school, finished)
+    since_best = finished - int(np.argmax(marks))
+    if since_best >= rounds.patience:
+        return f"dev accuracy has not risen for {since_best} round{'s' * (since_best > 1)}"
+    return ""
+
+
+def _dev_accuracies(school: School, finished: int) -> list[float]:
+    paths = [round_folder(school.folder, r) / "dev.jsonl" for r in range(finished + 1)]
+    return [accuracy(read_records(path, Attempt)) for path in paths]
+
+
+def _finish(school: School, finished: int, reason: str) -> None:
+    """Chooses a round, sits the test with it and with the untrained student, and says so."""
+    chosen = finished
+    if school.questions["dev"] and school.config.rounds.select == "best":
+        chosen = int(np.argmax(_dev_accuracies(school, finished)))
+    if school.questions["test"]:
+        marks = [_sit(school, r, "test", weights_round=r) for r in sorted({0, chosen})]
+        write_records(school.folder / "test.jsonl", [row for rows in marks for row in rows])
+    result = {"stop_reason": reason, "chosen_round": chosen, "rounds": finished}
+    run_folder.write_json(school.folder / "result.json", result)
+
+
+def _sit(school: School, round_index: int, stage: str, *, weights_round: int) -> list[Attempt]:
+    """The attempts of one exam, from its file or by taking it.
+
+    `exam` asks the training questions for a greedy answer and samples; `dev` and `test` ask their
+    questions for the greedy answer alone.
+    """
+    path = round_folder(school.folder, round_index) / f"{stage}.jsonl"
+    split: Split = "dev" if stage == "dev" else "test" if stage == "test" else "train"
+    questions = school.questions[split]
+    if path.exists():
+        return read_records(path, Attempt)
+    samples = school.config.exam.samples if stage == "exam" else 0
+    part = Partial(path)
+    part.keep(len(part.rows) - len(part.rows) % (1 + samples))  # whole questions only
+    done = {row["question_id"] for row in part.rows}
+    if len(done) < len(questions):
+        generate = partial(
+            school.student.generate,
+            school.student.weights.get(weights_round),
+            samples=samples,
+            seed=school.config.seed,
+            round_index=weights_round,
+        )
+        sitting = take_exam(
+            questions, generate, prompt=school.prompt, round_index=weights_round, done=done
+        )
+        title = f"{stage if split == 'train' else f'{split} exam'}, round {round_index}"
+        with (
+            timed(school.folder, round_index, stage),
+            school.progress.stage(
+                title, total=len(questions), unit="questions", done=len(done)
+            ) as advance,
+        ):
+            for attempts in sitting:
+                part.append(map(to_json, attempts))
+                advance(1)
+    part.close()
+    rows = read_records(run_folder.partial_path(path), Attempt)
+    place = {question.id: index for index, question in enumerate(questions)}
+    rows.sort(key=lambda row: (place[row.question_id], row.sample_index))
+    assert len(rows) == len(questions) * (1 + samples), "every question is sat exactly once"
+    write_records(path, rows)
+    return rows
+
+
+def _mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
+    """The greedy answers that are wrong, by question."""
+    return {
+        attempt.question_id: attempt.text
+        for attempt in attempts
+        if attempt.sample_index == GREEDY and not attempt.correct
+    }
+
+
+def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
+    """The round's lesson, from its file or from the teacher.
+
+    Round 1 asks every training question, without feedback. Later rounds ask each question that
+    the greedy answer got wrong once, and show the mistake unless feedback is off.
+    """
+    path = round_folder(school.folder, round_index) / "lesson.jsonl"
+    if path.exists():
+        return Lesson(tuple(read_records(path, Rationale)))
+    config = school.config
+    mistakes = _mistakes(attempts)
+    asked = school.questions["train"]
+    if round_index == 1:
+        mistakes = {}
+    else:
+        asked = [question for question in asked if question.id in mistakes]
+    feedback = config.teacher.feedback and round_index > 1
+    examples = {
+        shown: prompts.teacher_demonstrations(
+            config.task.name, feedback=shown, hint=config.teacher.hint
+        )
+        for shown in (True, False)
+    }
+
+    def prompt(question: Question, mistake: str | None) -> str:
+        return prompts.feedback_prompt(
+            question,
+            mistake=mistake,
+            hint=config.teacher.hint,
+            demonstrations=examples[mistake is not None],
+        )
+
+    with (
+        timed(school.folder, round_index, "teach"),
+        school.progress.stage(
+            f"teaching, round {round_index}", total=len(asked), unit="questions"
+        ) as tick,
+        _teacher(school, round_index) as teacher,
+    ):
+        lesson = ask_teacher(
+            asked,
+            mistakes if feedback else {},
+            partial(teacher.complete, advance=tick),
+            prompt=prompt,
+            round_index=round_index,
+            samples=config.teacher.samples,
+        )
+    write_records(path, lesson.rows)
+    return lesson
+
+
+@contextmanager
+def _teacher(school: School, round_index: int) -> Iterator[TeacherClient]:
+    """The teacher behind its ledger; the tutor is started if it is the teacher."""
+    config = school.config
+    with Ledger(school.folder / "ledger.sqlite") as ledger:
+        client = partial(
+            TeacherClient,
+            config.teacher,
+            ledger,
+            free=is_free(config.teacher.url),
+            # A prompt that an earlier round asked already is asked for new samples.
+            first_slot=(round_index - 1) * config.teacher.samples,
+        )
+        if config.teacher.url != TUTOR:
+            yield client(url=config.teacher.url)
+            return
+        with serve(school.questions["train"], tutor=config.tutor, seed=config.seed) as url:
+            yield client(url=url)
+
+
+def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
+    """Trains on the round's rationales, unless that is done."""
+    config = school.config
+    folder = round_folder(school.folder, round_index)
+    if (folder / "metrics.jsonl").exists():
+        return
+    rows = make_rows(
+        _rationales(school, round_index),
+        attempts,
+        {question.id: question for question in school.questions["train"]},
+        tokenizer=school.student.tokenizer,
+        prompt=school.prompt,
+        max_length=school.student.model.max_positions,
+        seed=config.seed,
+    )
+    run_folder.update_round(
+        school.folder,
+        round_index,
+        rows=len(rows.rows),
+        dropped_rows=dict(rows.dropped),
+        cut_mistakes=rows.num_cut_mistakes,
+        pairs=rows.num_pairs,
+        steps=round_steps(config, rows, round_index),
+    )
+    start = round_index - 1 if config.train.start == "previous" else 0
+    with timed(school.folder, round_index, "train"):
+        params = train_round(
+            config,
+            school.student.model,
+            school.student.mesh,
+            rows,
+            partial(school.student.weights.take, start),
+            folder,
+            round_index=round_index,
+            progress=school.progress,
+        )
+    school.student.weights.put(round_index, params)
+
+
+def _rationales(school: School, round_index: int) -> list[Rationale]:
+    """What the round is trained on: its own rationales, or those of all rounds, each text once."""
+    first = 1 if school.config.train.rows == "union" else round_index
+    found = {}
+    for index in range(first, round_index + 1):
+        lesson = read_records(round_folder(school.folder, index) / "lesson.jsonl", Rationale)
+        for row in Lesson(tuple(lesson)).kept:
+            found.setdefault((row.question_id, row.text), row)
+    return list(found.values())

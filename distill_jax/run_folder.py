@@ -1,0 +1,243 @@
+"""Where each stage's output lives; what is finished, and what is in progress.
+
+A stage is finished when its file exists: files are written beside and renamed last. A stage in
+progress appends to `<stage>.partial.jsonl`, so that a killed run loses one line at most.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distill_jax.config import Config, ConfigError, differences, load_config, to_yaml
+from distill_jax.records import from_json, to_json
+
+T = TypeVar("T")
+
+FREE_TO_CHANGE = (
+    "folder",
+    "exam.batch_questions",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "teacher.api_key_env",
+    "teacher.budget_usd",
+    "teacher.concurrency",
+    "teacher.price_usd",
+    "train.checkpoint_every",
+    "train.microbatch_size",
+)
+"""Knobs that may differ when a run goes on: they change its speed or price, not its records."""
+
+
+def open_run(config: Config) -> Path:
+    """Makes the run folder, or checks that it belongs to this config.
+
+    Raises:
+      ConfigError: the folder holds a run with other settings; names each of them.
+    """
+    folder = Path(config.folder)
+    path = folder / "config.yaml"
+    if path.exists():
+        changed = [
+            line
+            for line in differences(load_config(path), config)
+            if not line.startswith(tuple(f"{name}:" for name in FREE_TO_CHANGE))
+        ]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
+                "continue it with its own, or name another folder."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, to_yaml(config))
+    return folder
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of the run while the first works on it.
+
+    Raises:
+      ConfigError: another process holds the run; names it and its host.
+    """
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"{folder} is being worked on by {holder}.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def round_folder(folder: Path, round_index: int) -> Path:
+    """The folder of a round, made if absent; 0 is the untrained student.
+
+    Example:
+      >>> import tempfile
+      >>> round_folder(Path(tempfile.mkdtemp()), 3).name
+      'round_03'
+    """
+    path = folder / f"round_{round_index:02d}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def partial_path(path: Path) -> Path:
+    """Where a stage collects its rows before `path` is finished.
+
+    Example:
+      >>> partial_path(Path("round_01/exam.jsonl")).name
+      'exam.partial.jsonl'
+    """
+    return path.with_suffix(f".partial{path.suffix}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file beside `path` and renames it into place."""
+    beside = path.with_name(f".{path.name}.new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes one JSON object as a whole file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_records(path: Path, records: Iterable[object]) -> None:
+    """Writes a finished stage's records, one JSON object per line."""
+    write_rows(path, map(to_json, records))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a finished stage's rows, one JSON object per line, and drops its partial file."""
+    write_text(path, "".join(map(_line, rows)))
+    partial_path(path).unlink(missing_ok=True)
+
+
+def read_records(path: Path, kind: type[T]) -> list[T]:
+    """The records of a finished stage."""
+    return [from_json(kind, row) for row in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a stage, finished or not; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+class Partial:
+    """The rows of a stage in progress. Opening it repairs a line that a crash cut short."""
+
+    def __init__(self, path: Path):
+        self._path = partial_path(path)
+        whole = _whole_lines(self._path)
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
+        self._file = self._path.open("ab")
+        self._file.truncate(sum(map(len, whole)))
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows; they are on disk when this returns."""
+        self._file.write("".join(map(_line, rows)).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def keep(self, num_rows: int) -> None:
+        """Forgets the rows after the first `num_rows`."""
+        self.rows = self.rows[:num_rows]
+        self._file.truncate(sum(len(_line(row).encode()) for row in self.rows))
+
+    def close(self) -> None:
+        """Releases the file; the rows stay."""
+        self._file.close()
+
+    def finish(self, path: Path) -> None:
+        """Makes the rows, as they are, the finished stage `path`."""
+        self.close()
+        self._path.replace(path)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"  # ASCII: a lone surrogate in a teacher's text can't break it
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines before the first that is cut short or is not JSON."""
+    whole = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        whole.append(line)
+    return whole
+
+
+@contextlib.contextmanager
+def timed(folder: Path, round_index: int, stage: str) -> Iterator[None]:
+    """Adds the time that the block takes to that of a round's stage, also when interrupted."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        spent = read_round(folder, round_index).get("seconds", {})
+        total = round(spent.get(stage, 0.0) + time.monotonic() - start, 3)
+        update_round(folder, round_index, seconds={**spent, stage: total})
+
+
+def read_round(folder: Path, round_index: int) -> dict[str, Any]:
+    """What `round.json` says of a round; empty before its first stage ended."""
+    return read_json(folder / f"round_{round_index:02d}" / "round.json")
+
+
+def update_round(folder: Path, round_index: int, **facts: Any) -> None:
+    """Sets facts in a round's `round.json`."""
+    path = round_folder(folder, round_index) / "round.json"
+    write_json(path, {**read_json(path), **facts})
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Notes once what made the run: versions, machine and the given facts."""
+    path = folder / "manifest.json"
+    if path.exists():
+        return
+    packages = ("distill_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers", "openai")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    write_json(path, {"versions": versions, **machine, **facts})
+
+
+def hash_file(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

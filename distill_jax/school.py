@@ -1,0 +1,244 @@
+"""What the stages of a run share: the questions, the student and its weights."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from distill_jax import checkpoint, prompts, run_folder, scratch, weights
+from distill_jax.config import SCRATCH, Config, ConfigError
+from distill_jax.exam import take_exam
+from distill_jax.generate import Generate, make_generate
+from distill_jax.progress import Progress
+from distill_jax.questions import default_data_dir, load_questions
+from distill_jax.records import Question, Split
+from distill_jax.report.marks import greedy, mark
+from distill_jax.run_folder import read_records, round_folder, write_records
+from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
+from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+from distill_jax.tokenizer import Tokenizer, load_tokenizer
+
+
+class Weights:
+    """The weights of one round at a time, in memory if they are, else from disk."""
+
+    def __init__(self, folder: Path, base: Path, model: ModelConfig, mesh: Mesh):
+        self._folder, self._base, self._model = folder, base, model
+        shapes = abstract_params(model)
+        self._layout = shardings(mesh, logical_axes(model), shapes, TRAIN_RULES)
+        self._like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
+            shapes,
+            self._layout,
+        )
+        self._held: tuple[int, Params] | None = None
+
+    def get(self, round_index: int) -> Params:
+        """The weights after a round; 0 is the untrained student.
+
+        Raises:
+          ValueError: there is no such round, or its weights can't be read.
+        """
+        if self._held is None or self._held[0] != round_index:
+            self._held = None  # let go of the old ones first: both may not fit
+            self._held = (round_index, self._load(round_index))
+        return self._held[1]
+
+    def take(self, round_index: int) -> Params:
+        """The same, to be used up by the caller."""
+        params = self.get(round_index)
+        self._held = None
+        return params
+
+    def put(self, round_index: int, params: Params) -> None:
+        """Keeps weights that are on disk already."""
+        self._held = (round_index, params)
+
+    def _load(self, round_index: int) -> Params:
+        if round_index == 0:
+            return weights.load_params(self._base, self._model, self._layout)
+        path = self._folder / f"round_{round_index:02d}" / "checkpoint"
+        if not path.exists():
+            raise ConfigError(f"{self._folder} has no finished round {round_index}.")
+        return checkpoint.load_params(path, self._like)
+
+
+@dataclass(frozen=True)
+class Student:
+    """The small model, ready to sit exams with the weights of any round."""
+
+    base: Path  # the directory that it came from
+    model: ModelConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    weights: Weights
+    generate: Generate
+
+
+def open_student(config: Config, base: Path, folder: Path) -> Student:
+    """The student in `base`, whose later rounds lie in the run `folder`; reads no weights yet."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    model = weights.read_model_config(base)
+    tokenizer = load_tokenizer(str(base))
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return Student(
+        base=base,
+        model=model,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        weights=Weights(folder, base, model, mesh),
+        generate=make_generate(model, tokenizer, mesh, exam=config.exam, compute_dtype=dtype),
+    )
+
+
+@dataclass(frozen=True)
+class School:
+    """A run with everything loaded."""
+
+    config: Config
+    folder: Path
+    questions: dict[Split, list[Question]]
+    student: Student
+    progress: Progress
+
+    def prompt(self, question: Question) -> str:
+        """What the student is shown."""
+        return exam_prompt(self.config, question)
+
+
+def exam_prompt(config: Config, question: Question) -> str:
+    """What the student is shown, with the worked examples that the config asks for."""
+    task = config.task
+    examples = prompts.demonstrations(task.name) if task.demonstrations else ""
+    return prompts.exam_prompt(question, demonstrations=examples)
+
+
+def open_school(config: Config, folder: Path, progress: Progress) -> School:
+    """Loads questions and student, makes the student if it is `scratch`, and notes what they are.
+
+    Raises:
+      ConfigError: there is nothing to teach, or the questions are not those that the run began
+        with.
+    """
+    questions = _split(load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
+    if not questions["train"]:
+        raise ConfigError(f"task.name={config.task.name} has no training questions to teach.")
+    _keep_questions(folder, [question for rows in questions.values() for question in rows])
+    base = _base_model(config, folder, questions, progress)
+    student = open_student(config, base, folder)
+    files = sorted(base.glob("*.safetensors"))
+    facts = {
+        "prompt_version": prompts.PROMPT_VERSION,
+        "questions": {split: len(rows) for split, rows in questions.items()},
+        "questions_sha256": run_folder.hash_file(folder / "questions.jsonl"),
+        "weights_sha256": {path.name: run_folder.hash_file(path) for path in files},
+        "devices": f"{student.mesh.size} x {jax.devices()[0].device_kind}",
+        "mesh": dict(student.mesh.shape),
+        "seed": config.seed,
+    }
+    run_folder.write_manifest(folder, facts)
+    return School(config, folder, questions, student, progress)
+
+
+def _split(questions: Sequence[Question]) -> dict[Split, list[Question]]:
+    splits: tuple[Split, ...] = ("train", "dev", "test")
+    return {split: [q for q in questions if q.split == split] for split in splits}
+
+
+def _keep_questions(folder: Path, questions: list[Question]) -> None:
+    """Writes the run's questions once; later they must be the same."""
+    path = folder / "questions.jsonl"
+    if not path.exists():
+        write_records(path, questions)
+    elif read_records(path, Question) != questions:
+        raise ConfigError(
+            f"the questions are not those that {folder} began with; "
+            "restore the question set, or name another folder."
+        )
+
+
+def _base_model(
+    config: Config, folder: Path, questions: dict[Split, list[Question]], progress: Progress
+) -> Path:
+    """The directory of the untrained student, made on the way if it is `scratch`."""
+    if config.student.model != SCRATCH:
+        return weights.find_model(config.student.model)
+    path = round_folder(folder, 0) / "student"
+    if not path.exists():
+        everything = [question for rows in questions.values() for question in rows]
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        with run_folder.timed(folder, 0, "pretrain"):
+            scratch.make_student(config, path, questions=everything, mesh=mesh, progress=progress)
+    return path
+
+
+def find_base(config: Config, folder: Path) -> Path:
+    """The directory of the untrained student of a run that has one.
+
+    Raises:
+      ConfigError: the run has not made its student yet.
+    """
+    if config.student.model != SCRATCH:
+        return weights.find_model(config.student.model)
+    path = folder / "round_00" / "student"
+    if not path.exists():
+        raise ConfigError(f"{folder} has not made its student yet; run its config first.")
+    return path
+
+
+def examine(
+    config: Config, folder: Path, *, split: Split, round_index: int, progress: Progress
+) -> dict[str, Any]:
+    """One exam: the greedy answers of one round's weights to one split of `config.task`.
+
+    Args:
+      config: Task, student and how it answers.
+      folder: The run whose weights sit the exam; with round 0 of a published model, anything.
+      split: Which questions.
+      round_index: Which weights; 0 is the untrained student.
+      progress: Where to show it.
+
+    Returns:
+      `accuracy` with its 95% interval `low` and `high`, `questions`, `unreadable`, `cut`,
+      `generated_tokens`, `seconds`.
+
+    Raises:
+      ConfigError: there are no such questions or no such round.
+    """
+    questions = _split(load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
+    asked = questions[split]
+    if not asked:
+        raise ConfigError(f"task.name={config.task.name} has no {split} questions.")
+    student = open_student(config, find_base(config, folder), folder)
+    generate = partial(
+        student.generate,
+        student.weights.get(round_index),
+        samples=0,
+        seed=config.seed,
+        round_index=round_index,
+    )
+    start = time.monotonic()
+    attempts = []
+    prompt = partial(exam_prompt, config)
+    with progress.stage(f"{split} exam", total=len(asked), unit="questions") as advance:
+        for answered in take_exam(asked, generate, prompt=prompt, round_index=round_index):
+            attempts += answered
+            advance(1)
+    marks = mark(greedy(attempts))
+    low, high = marks.interval
+    return {
+        "accuracy": marks.accuracy,
+        "low": low,
+        "high": high,
+        "questions": len(asked),
+        "unreadable": sum(attempt.answer is None for attempt in attempts),
+        "cut": sum(attempt.cut for attempt in attempts),
+        "generated_tokens": sum(attempt.num_tokens for attempt in attempts),
+        "seconds": round(time.monotonic() - start, 3),
+    }

@@ -1,0 +1,278 @@
+"""A tiny student trained from nothing on generated arithmetic text.
+
+It learns to read, to copy and to work out single sums, but never sees a solution of several steps:
+that is left to the teacher. What comes out is a Hugging Face directory like any published one.
+
+Letters: B rows, L tokens of a row.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from jax.sharding import Mesh
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from distill_jax import weights
+from distill_jax.config import Config
+from distill_jax.progress import Progress
+from distill_jax.prompts import clean_rationale, exam_prompt, target
+from distill_jax.questions.arithmetic import (
+    LARGEST,
+    PEOPLE,
+    Story,
+    draw_fact,
+    draw_story,
+    wordings,
+)
+from distill_jax.records import Question
+from distill_jax.student.model import (
+    ModelConfig,
+    Params,
+    abstract_params,
+    init_params,
+    logical_axes,
+)
+from distill_jax.student.sharding import TRAIN_RULES, shardings
+from distill_jax.student.step import (
+    Batch,
+    Objective,
+    Stretch,
+    init_state,
+    make_step,
+    num_row_shards,
+    put_batch,
+)
+from distill_jax.teacher.explanation import NUM_WORDINGS, explain, phrases
+from distill_jax.tokenizer import Tokenizer
+
+UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
+TOKEN = r" ?[A-Za-z]+| (?:[1-9][0-9]|[0-9])|[0-9]| ?[^\sA-Za-z0-9]|\s"
+"""A word, a number up to `LARGEST` or a sign, each with the space before it, or white space."""
+
+FACT = "What is {sum}?"
+RETELLING = "Tell this story again. {story}"
+
+DOCUMENTS = {"fact": 15, "one step": 30, "retelling": 40, "unanswered": 15}
+"""How often each kind of document is drawn. Without retellings a student copies wrong numbers."""
+
+LONGEST_STORY = 4  # steps of a story that is retold or left unanswered
+TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
+
+ROWS, ROW_LENGTH = 16, 96
+OPEN_ROWS = 8  # rows that wait for a document which fits
+HEADS = 4
+LEARNING_RATE = 2e-3
+
+
+def make_student(
+    config: Config, folder: Path, *, questions: Sequence[Question], mesh: Mesh, progress: Progress
+) -> None:
+    """Trains a student that is weak on purpose, and writes it as a Hugging Face directory.
+
+    Args:
+      config: Its `scratch`, `seed`, `task.max_value` and `student.compute_dtype` are read.
+      folder: Made here, beside and renamed last: an interrupted call starts anew.
+      questions: Of all splits. No document holds the text of one of them.
+      mesh: Where it is trained.
+      progress: Where to show the steps.
+
+    Raises:
+      ValueError: `scratch.width` can't be cut into heads.
+    """
+    tokenizer = make_tokenizer()
+    model = make_model(config.scratch.width, config.scratch.layers, len(tokenizer))
+    documents = draw_documents(
+        Random(f"scratch text {config.seed}"),
+        max_value=config.task.max_value,
+        exam_texts={question.text for question in questions},
+    )
+    rows = pack(documents, tokenizer.backend_tokenizer)
+    params = _train(config, model, rows, mesh=mesh, progress=progress)
+    weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
+
+
+def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
+    """A small decoder of the Llama family, with ReLU: on a CPU the other bends cost a third more.
+
+    Raises:
+      ValueError: the heads would not have the same even number of dims.
+    """
+    if width % (2 * HEADS):
+        raise ValueError(f"scratch.width must be a multiple of {2 * HEADS}; got {width}.")
+    return ModelConfig(
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=HEADS,
+        kv_heads=HEADS,
+        head_dim=width // HEADS,
+        mlp_width=width // 3 * 8,
+        max_positions=256,
+        activation="relu",
+        tied_head=True,
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words and numbers that gives every text of the laboratory back.
+
+    It knows all words of the arithmetic questions, of their prompts and of the built-in tutor, and
+    the numbers up to `LARGEST`. A larger number is several tokens; any other word is unknown.
+
+    Example:
+      >>> tokenizer = make_tokenizer()
+      >>> tokenizer.convert_ids_to_tokens(tokenizer("Answer: 42")["input_ids"])
+      ['<s>', 'Answer', ':', ' 42']
+    """
+    asked = Question("", FACT.format(sum="2 + 2"), "4", "train", "numeric")
+    lines = [
+        exam_prompt(asked, demonstrations="") + target(asked, "2 + 2 = 4."),
+        *wordings(),
+        *phrases(),
+    ]
+    lines += [RETELLING.format(story=""), *(he for _, he, _ in PEOPLE)]
+    words = {word for line in lines for word in re.findall(TOKEN, f" {line.strip()}")}
+    words |= {"Question"}  # the one word that begins a text
+    numbers = [str(digit) for digit in range(10)] + [f" {n}" for n in range(LARGEST + 1)]
+    known = [UNKNOWN, BEGIN, END, *sorted(words - set(numbers)), *numbers]
+    vocabulary = {token: index for index, token in enumerate(known)}
+    published = tokenizers.Tokenizer(models.WordLevel(vocabulary, UNKNOWN))
+    published.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(TOKEN), "isolated")
+    published.decoder = decoders.Fuse()
+    published.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, vocabulary[BEGIN])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=published, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END
+    )
+
+
+def draw_documents(random: Random, *, max_value: int, exam_texts: Collection[str]) -> Iterator[str]:
+    """Draws text without end: facts, problems of one step, retellings and unanswered questions.
+
+    Args:
+      random: Decides everything.
+      max_value: As of the questions that the student will be asked.
+      exam_texts: Texts of questions that must not occur, neither asked nor retold.
+    """
+    while True:
+        kind = random.choices([*DOCUMENTS], [*DOCUMENTS.values()])[0]
+        if kind == "fact":
+            left, value = draw_fact(random, max_value=max_value)
+            fact = Question("", FACT.format(sum=left), str(value), "train", "numeric")
+            yield _answered(fact, f"{left} = {value}.")
+            continue
+        num_steps = 1 if kind == "one step" else random.randint(1, LONGEST_STORY)
+        story = draw_story(random, num_steps=num_steps, max_value=max_value)
+        question = _question(story)
+        if question.text in exam_texts:
+            continue
+        if kind == "one step":
+            yield _answered(question, _solution(question, random))
+        elif kind == "retelling":
+            told = RETELLING.format(story=story.text)
+            yield f"Question: {told}\nReasoning: {story.text}"
+        else:
+            yield f"Question: {question.text}"
+
+
+def pack(documents: Iterator[str], tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
+    """Fills rows with whole documents, each behind the beginning token and closed by end tokens.
+
+    Yields:
+      Token ids, at most `ROW_LENGTH` of them; every document is in one row, and no document is
+      left out for good.
+    """
+    vocabulary = tokenizer.get_vocab()
+    begin, end = vocabulary[BEGIN], vocabulary[END]
+    waiting: list[list[int]] = []
+    for document in documents:
+        ids = [*tokenizer.encode(document, add_special_tokens=False).ids, end]
+        assert len(ids) < ROW_LENGTH, f"{len(ids)} tokens: {document}"
+        row = next((row for row in waiting if len(row) + len(ids) <= ROW_LENGTH), None)
+        if row is not None:
+            row += ids
+            continue
+        waiting.append([begin, *ids])
+        if len(waiting) > OPEN_ROWS:
+            waiting.sort(key=len)
+            yield waiting.pop()
+
+
+def _question(story: Story) -> Question:
+    return Question(
+        id="",
+        text=f"{story.text} {story.asked}",
+        answer=str(story.result),
+        split="train",
+        kind="numeric",
+        solution=" ".join(story.steps),
+    )
+
+
+def _solution(question: Question, random: Random) -> str:
+    """A rationale in the tutor's words, some with a tip about a mistake."""
+    way, seed = random.randrange(NUM_WORDINGS), str(random.random())
+    mistake = None
+    if random.random() < TIPPED:
+        mistake = explain(question, mistake=None, wrong=True, way=way, seed=seed)
+    told = explain(question, mistake=mistake, wrong=False, way=way, seed=seed)
+    return clean_rationale(told)
+
+
+def _answered(question: Question, rationale: str) -> str:
+    return exam_prompt(question, demonstrations="") + target(question, rationale)
+
+
+def _train(
+    config: Config, model: ModelConfig, rows: Iterator[list[int]], *, mesh: Mesh, progress: Progress
+) -> Params:
+    layout = shardings(mesh, logical_axes(model), abstract_params(model), TRAIN_RULES)
+    steps = config.scratch.steps
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    params = init_params(model, jax.random.key(config.seed), layout)
+    state, state_layout = init_state(params, optimizer, mesh)
+    step = make_step(
+        model,
+        optimizer,
+        Objective(prompt_weight=1.0, reflection="none"),
+        mesh=mesh,
+        state_shardings=state_layout,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+    )
+    with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:
+        for _ in range(steps):
+            batch = make_batch(list(islice(rows, ROWS)), num_shards=num_row_shards(mesh))
+            state, figures = step(state, put_batch(batch, mesh))
+            advance(1, f"loss {float(figures['loss']):.3f}")
+    return state.params
+
+
+def make_batch(rows: Sequence[Sequence[int]], *, num_shards: int) -> Batch:
+    """Rows as a `Batch`: the beginning token is the question, and all that follows is trained on.
+
+    Args:
+      rows: From `pack`.
+      num_shards: B is rounded up to a multiple of it, with rows that weigh nothing.
+    """
+    size = -(-len(rows) // num_shards) * num_shards
+    tokens, mask = np.zeros((size, ROW_LENGTH), np.int32), np.zeros((size, ROW_LENGTH), bool)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    first, rest, none = (
+        Stretch(tokens[:, cut], mask[:, cut])  # pyright: ignore[reportArgumentType]
+        for cut in (slice(1), slice(1, None), slice(0))
+    )
+    shared, valid, real = np.zeros(0, np.int32), np.zeros(size, bool), mask[:, 0]
+    return Batch(shared, first, rest, none, none, valid, real)  # pyright: ignore[reportArgumentType]

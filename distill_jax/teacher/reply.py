@@ -1,0 +1,251 @@
+"""What came back from a server: answers, a fault that is worth another try, or the end.
+
+Reads bodies and errors, and has no effects: what has been read once reads the same again.
+"""
+
+import email.utils
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import openai
+
+from distill_jax.records import Completion, FinishReason
+
+FaultKind = Literal[
+    "rate limit", "server error", "connection", "timeout", "bad answer", "refused prompt"
+]
+
+_CUT = {"length", "max_tokens"}
+_FILTERED = {"content_filter"}
+_NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached"}
+_THIS_PROMPT_ONLY = {"context_length_exceeded", "content_filter", "content_policy_violation"}
+_NEVER_REACHED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}  # of the HTTP library below
+_SECONDS_PER_YEAR = 365 * 24 * 3600
+
+
+class TeacherError(RuntimeError):
+    """The teacher can't go on. What was paid for is in the ledger: the call can be repeated."""
+
+    exit_code = 1
+
+
+class RequestRefused(TeacherError):
+    """The server refuses what is asked, and would refuse it for every prompt: wrong settings."""
+
+    exit_code = 2
+
+
+class BudgetReached(TeacherError):
+    """The next request could cost more than is left. It was not sent."""
+
+    exit_code = 10
+
+
+class QuotaExhausted(TeacherError):
+    """The account has no money or no quota left."""
+
+    exit_code = 11
+
+
+class CredentialsRefused(TeacherError):
+    """The key is missing, wrong or revoked."""
+
+    exit_code = 12
+
+
+class TeacherUnavailable(TeacherError):
+    """The server can't be reached, keeps failing, or asks for a longer wait than we allow."""
+
+    exit_code = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What a request brought instead of an answer, where the run goes on.
+
+    Attributes:
+      kind: Which sort; all but `refused prompt` may go away by themselves.
+      detail: What was seen, for people.
+      billed: Whether it may have been billed: it reached the server and its end is unknown.
+      retry_after_s: Seconds that the server asked to wait, or None.
+    """
+
+    kind: FaultKind
+    detail: str
+    billed: bool
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A body that came with status 200, read.
+
+    Attributes:
+      completions: One per choice, in order; None where the choice holds no text.
+      problem: Why there is no usable choice at all, or `""`.
+      error_code: The code of an error inside the body, or `""`.
+      served_model: The model that answered, as it calls itself.
+      usage: The usage as sent.
+      tokens: Prompt and completion tokens of the whole reply, or None if it doesn't say.
+      finish_reasons: As sent, one per choice.
+    """
+
+    completions: tuple[Completion | None, ...] = ()
+    problem: str = ""
+    error_code: str = ""
+    served_model: str | None = None
+    usage: Mapping[str, Any] | None = None
+    tokens: tuple[int, int] | None = None
+    finish_reasons: tuple[str | None, ...] = ()
+
+
+def read_reply(raw: str, *, max_tokens: int) -> Reply:
+    """Reads a body that came with status 200, which may be anything at all.
+
+    The completion tokens, known only in sum, are spread evenly over the choices; where they are
+    unknown a choice counts its bytes, at most `max_tokens`.
+
+    Example:
+      >>> body = '{"choices": [{"message": {"content": "Four."}, "finish_reason": "stop"}]}'
+      >>> read_reply(body, max_tokens=100).completions
+      (Completion(text='Four.', finish_reason='stop', num_tokens=5),)
+      >>> read_reply("<html>Bad gateway</html>", max_tokens=100).problem
+      'the body is not a JSON object: <html>Bad gateway</html>'
+    """
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        return Reply(problem=f"the body is not a JSON object: {raw}")
+    error, choices, usage = body.get("error"), body.get("choices"), body.get("usage")
+    choices = choices if isinstance(choices, list) else []
+    usage = usage if isinstance(usage, dict) else None
+    tokens = _tokens(usage or {})
+    each = None if tokens is None or not choices else tokens[1] // len(choices)
+    completions = tuple(_completion(choice, each, max_tokens) for choice in choices)
+    problem = "" if any(completions) else f"no choice holds a text: {raw}"
+    return Reply(
+        completions=completions,
+        problem=f"an error with status 200: {raw}" if error else problem,
+        error_code=_code(error),
+        served_model=body["model"] if isinstance(body.get("model"), str) else None,
+        usage=usage,
+        tokens=tokens,
+        finish_reasons=tuple(_finish(choice) for choice in choices),
+    )
+
+
+def _completion(choice: Any, num_tokens: int | None, max_tokens: int) -> Completion | None:
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    text = content if isinstance(content, str) else ""
+    sent = _finish(choice)
+    reason: FinishReason = (
+        "length" if sent in _CUT else "content_filter" if sent in _FILTERED else "stop"
+    )
+    if not text.strip() and reason == "stop":
+        return None  # a cut or filtered answer may be empty, and asking again would pay again
+    if num_tokens is None:
+        num_tokens = min(max_tokens, len(text.encode(errors="replace")))
+    return Completion(text, reason, num_tokens)
+
+
+def _finish(choice: Any) -> str | None:
+    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+    return reason if isinstance(reason, str) else None
+
+
+def _tokens(usage: Mapping[str, Any]) -> tuple[int, int] | None:
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if isinstance(prompt, int) and isinstance(completion, int) and min(prompt, completion) >= 0:
+        return prompt, completion
+    return None
+
+
+def _code(error: Any) -> str:
+    """The machine-readable part of an error object: its code, or else its type."""
+    if not isinstance(error, dict):
+        return ""
+    return str(error.get("code") or error.get("type") or "")
+
+
+def no_quota(code: str) -> bool:
+    """Whether an error code says that the account has nothing left."""
+    return code in _NO_QUOTA
+
+
+def diagnose(
+    error: openai.APIConnectionError | openai.APIStatusError | TimeoutError,
+) -> Fault | TeacherError:
+    """What a failed request means: another try, or the end of the run.
+
+    Only errors that a provider answers before any work count as surely not billed.
+    """
+    if isinstance(error, openai.APIStatusError):
+        return _diagnose_status(error)
+    cause = type(error.__cause__).__name__
+    billed = cause not in _NEVER_REACHED
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return Fault("timeout", "no complete answer in time", billed)
+    return Fault("connection", f"{cause}: {error.__cause__}", billed)
+
+
+def _diagnose_status(error: openai.APIStatusError) -> Fault | TeacherError:
+    status, code = error.status_code, _code(error.body)
+    detail = f"HTTP {status}: {error.message}"
+    if status == 402 or no_quota(code):
+        return QuotaExhausted(f"the account has no quota left. {detail}")
+    if status in (401, 403):
+        return CredentialsRefused(f"the key was refused. {detail}")
+    if status == 413 or code in _THIS_PROMPT_ONLY:
+        return Fault("refused prompt", detail, billed=False)
+    if status in (408, 409, 429) or status >= 500:
+        wait = retry_after(error.response.headers, now=time.time())
+        # behind a gateway that gave up the work may have been done all the same
+        kind = "rate limit" if status == 429 else "server error"
+        return Fault(kind, detail, billed=status == 504, retry_after_s=wait)
+    return RequestRefused(f"the request was refused; see teacher.* in the config. {detail}")
+
+
+def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """The seconds that a server asks to wait, or None when it doesn't say or says nonsense.
+
+    Args:
+      headers: Of the answer, with lower-case names or a mapping that ignores case.
+      now: Seconds since 1970, used for a date if the answer doesn't name its own.
+
+    Example:
+      >>> retry_after({"retry-after": "1.5"}, now=0.0), retry_after({"retry-after": "-3"}, now=0.0)
+      (1.5, None)
+      >>> retry_after({"retry-after-ms": "250"}, now=0.0)
+      0.25
+    """
+    if "retry-after-ms" in headers:
+        seconds = _number(headers["retry-after-ms"]) / 1000.0
+    elif "retry-after" in headers:
+        seconds = _number(headers["retry-after"])
+        if math.isnan(seconds):
+            # a date is read against the server's own clock, which may differ from ours
+            seconds = _date(headers["retry-after"]) - _date(headers.get("date", ""), default=now)
+    else:
+        return None
+    return seconds if 0.0 <= seconds <= _SECONDS_PER_YEAR else None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _date(text: str, default: float = math.nan) -> float:
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (ValueError, OverflowError):
+        return default

@@ -1,0 +1,148 @@
+"""Text to token ids and back: where a text begins and ends, and where a prompt meets its target."""
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import transformers
+from transformers import PreTrainedTokenizerFast
+
+_ANCHORS = (":", "x", "0")
+_PLACEHOLDER = re.compile(r"<\|extratoken_\d+\|>")  # GPT-J names the rows that pad its embedding
+
+OLDER_FILES = ("vocab.json", "tokenizer.model", "spiece.model")
+"""What older directories hold instead of `tokenizer.json`."""
+
+BEGINS, ENDS, BLANK = 1, 2, 4
+"""Bits of `Tokenizer.newlines`."""
+
+
+class Tokenizer:
+    """A published tokenizer, with special tokens only where this class puts them.
+
+    Attributes:
+      num_tokens: Ids below this mean something; a model may have more rows.
+      begin_id: The id that begins a text, whether or not prompts carry it; None if there is none.
+      end_id: The id that ends a text, or None where the model has none.
+    """
+
+    def __init__(self, published: PreTrainedTokenizerFast):
+        self._published = published
+        anchors = ((text, self._encode(text)) for text in _ANCHORS)
+        self._anchors = [(text, ids, self._raw_decode(ids)) for text, ids in anchors]
+        text, ids, _ = self._anchors[0]
+        whole = list(published(text, split_special_tokens=True)["input_ids"])
+        start = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
+        self._begin = whole[:start]  # some families also end a text; a prompt is never at its end
+        self.begin_id = self._begin[0] if self._begin else self._id_of(published.bos_token)
+        self.end_id = self._id_of(published.eos_token)
+        self.num_tokens = len(published)
+        while _PLACEHOLDER.fullmatch(str(published.convert_ids_to_tokens(self.num_tokens - 1))):
+            self.num_tokens -= 1
+
+    @functools.cached_property
+    def newlines(self) -> np.ndarray:
+        r"""Where each token's text has newlines, uint8 of shape [num_tokens].
+
+        A sum of bits: 1 (`BEGINS`) if it begins with "\n", 2 (`ENDS`) if it ends with "\n", 4
+        (`BLANK`) if "\n\n" is inside.
+        """
+        _, anchor, before = self._anchors[0]
+        rows = [[*anchor, i] for i in range(self.num_tokens)]
+        texts = self._published.backend_tokenizer.decode_batch(rows, skip_special_tokens=False)
+        bits = [
+            BEGINS * text.startswith("\n") + ENDS * text.endswith("\n") + BLANK * ("\n\n" in text)
+            for text in (text[len(before) :] for text in texts)
+        ]
+        return np.array(bits, np.uint8)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text from its beginning.
+
+        A beginning token stands exactly where the published tokenizer puts one; what looks like a
+        special token in `text` is text.
+        """
+        return self._begin + self._encode(text)
+
+    def encode_target(self, prompt: str, target: str) -> list[int]:
+        """The ids that follow `encode_prompt(prompt)`, with the end token if there is one.
+
+        Where tokens would run across the boundary, the prompt keeps the ids that it has at exam
+        time and the target is split on its own, as text in mid-line.
+        """
+        before, joint = self.encode_prompt(prompt), self.encode_prompt(prompt + target)
+        ids = joint[len(before) :] if joint[: len(before)] == before else self._continue(target)
+        return ids if self.end_id is None else [*ids, self.end_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add to the text before them; special tokens add none."""
+        _, anchor, before = self._anchors[0]
+        return self._raw_decode([*anchor, *(int(i) for i in ids)])[len(before) :]
+
+    def save(self, directory: Path) -> None:
+        """Writes the published files of the tokenizer into `directory`."""
+        self._published.save_pretrained(directory)
+
+    def _id_of(self, token: object) -> int | None:
+        return None if token is None else self._published.backend_tokenizer.token_to_id(str(token))
+
+    def _continue(self, text: str) -> list[int]:
+        """The ids of a text that is not at the beginning: no mark for a beginning, no merge."""
+        for anchor, ids, _ in self._anchors:
+            joint = self._encode(anchor + text)
+            if joint[: len(ids)] == ids:
+                return joint[len(ids) :]
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        encoded = self._published(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
+
+    def _raw_decode(self, ids: list[int]) -> str:
+        return self._published.backend_tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Reads the tokenizer of a model.
+
+    Args:
+      name: The model's directory, as `weights.find_model` gives it.
+
+    Raises:
+      ValueError: the directory holds no tokenizer, or a broken one.
+    """
+    directory = Path(name)
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        try:
+            json.loads(file.read_text())  # the reader below would not name the file
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}.") from None
+        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(name))
+    if any((directory / older).is_file() for older in OLDER_FILES):
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(name))
+    raise ValueError(f"{name} holds no tokenizer.json; a student needs one beside its weights.")
+
+
+MIN_SHARED = 32
+"""A shorter common beginning is not worth a pass of its own."""
+
+
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, leaving each at least one; 0 below `MIN_SHARED`.
+
+    Example:
+      >>> long = [*range(40)]
+      >>> common_length([[*long, 7, 8], [*long, 9]]), common_length([[1, 2, 3], [1, 2, 4]])
+      (40, 0)
+    """
+    if not prompts:
+        return 0
+    low, high = min(map(list, prompts)), max(map(list, prompts))
+    limit = min(map(len, prompts)) - 1
+    unequal = (i for i in range(limit) if low[i] != high[i])
+    length = next(unequal, limit)
+    return length if length >= MIN_SHARED else 0

@@ -1,0 +1,207 @@
+"""Rows, their order and their pairs: every rationale once per epoch, nothing twice."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distill_jax.batches import Rows, make_batches, make_rows, num_steps, plan_epoch
+from distill_jax.records import Attempt, Question, Rationale
+from distill_jax.tokenizer import Tokenizer
+
+
+DEMO = "Question: what is one and one?\nReasoning: 1 + 1 = 2.\nAnswer: 2\n"
+
+
+END = 1
+
+
+def make_letters() -> Tokenizer:
+    """A tokenizer with one token per character, its code, and an end token."""
+    known = {"<unk>": 0, "</s>": END} | {chr(code): code for code in (10, *range(32, 127))}
+    letters = tokenizers.Tokenizer(models.WordLevel(known, "<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    letters.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>", eos_token="</s>")
+    return Tokenizer(fast)
+
+
+LETTERS = make_letters()
+
+
+def spell(ids: np.ndarray, mask: np.ndarray) -> str:
+    return "".join(map(chr, ids[mask]))
+
+
+def question(name: str) -> Question:
+    return Question(id=name, text=f"what is {name}?", answer="4", split="train", kind="numeric")
+
+
+def rationale(name: str, text: str, index: int = 0) -> Rationale:
+    return Rationale(name, 1, index, text, "4", "kept")
+
+
+def attempt(name: str, text: str, index: int, *, correct: bool = False) -> Attempt:
+    return Attempt(name, 0, index, text, "5", correct, False, 3)
+
+
+def rows_of(rationales: list[Rationale], attempts: list[Attempt], max_length: int = 500) -> Rows:
+    questions = {row.question_id: question(row.question_id) for row in rationales}
+    return make_rows(
+        rationales,
+        attempts,
+        questions,
+        tokenizer=LETTERS,
+        prompt=lambda q: f"{DEMO}\nQuestion: {q.text}\nReasoning:",
+        max_length=max_length,
+        seed=0,
+    )
+
+
+def test_rows_share_the_beginning_of_all_prompts_and_end_with_the_end_token():
+    rows = rows_of([rationale("two", "a"), rationale("three", "b c")], [])
+    shared = "".join(map(chr, rows.shared))
+    assert shared == f"{DEMO}\nQuestion: what is t"
+    first, second = rows.rows
+    assert "".join(map(chr, first.question)) == "wo?\nReasoning:"
+    assert "".join(map(chr, second.anchor[:-1])) == " b c\nAnswer: 4"
+    assert second.anchor[-1] == END
+
+
+def test_positives_differ_in_text_and_negatives_are_the_distinct_wrong_samples():
+    rationales = [rationale("q", "same", 0), rationale("q", "same", 1), rationale("q", "other", 2)]
+    attempts = [
+        attempt("q", "greedy wrong", 0),
+        attempt("q", "wrong", 1),
+        attempt("q", " wrong ", 2),
+        attempt("q", "right", 3, correct=True),
+        attempt("q", "  ", 4),
+        attempt("elsewhere", "wrong", 1),
+    ]
+    rows = rows_of(rationales, attempts)
+    assert [len(row.positives) for row in rows.rows] == [1, 1, 2 - 1]
+    assert rows.rows[0].positives[0] == rows.rows[2].anchor
+    assert rows.rows[2].positives[0] == rows.rows[0].anchor
+    (negative,) = rows.rows[0].negatives
+    assert "".join(map(chr, negative[:-1])) == " wrong"
+    assert rows.num_pairs == 3
+
+
+def test_what_the_context_cannot_hold_is_counted():
+    short, long = rationale("q", "ok", 0), rationale("q", "x" * 100, 1)
+    room = len(f"{DEMO}\nQuestion: what is q?\nReasoning:") + 40
+    rows = rows_of([short, long], [attempt("q", "y" * 90, 1)], max_length=room)
+    assert len(rows.rows) + sum(rows.dropped.values()) == 2
+    assert rows.dropped == {"too_long": 1} and rows.num_cut_mistakes == 1
+    (negative,) = rows.rows[0].negatives
+    assert len(negative) == 40 and negative[-1] == END
+    assert rows.rows[0].positives == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    batch_size=st.integers(1, 9),
+    epoch=st.integers(0, 3),
+)
+def test_an_epoch_holds_every_row_once_and_no_question_twice_in_a_batch(counts, batch_size, epoch):
+    ids = [f"q{i}" for i, count in enumerate(counts) for _ in range(count)]
+    plan = plan_epoch(ids, batch_size=batch_size, seed=3, round_index=1, epoch=epoch)
+    assert sorted(row for batch in plan for row in batch) == list(range(len(ids)))
+    for batch in plan:
+        names = [ids[row] for row in batch]
+        assert 0 < len(names) <= batch_size
+        assert len(set(names)) == len(names)
+
+
+def test_order_depends_on_seed_round_and_epoch_alone():
+    ids = [f"q{i % 9}" for i in range(30)]
+    known = {"batch_size": 4, "seed": 1, "round_index": 1, "epoch": 0}
+    plan = plan_epoch(ids, **known)
+    assert plan == plan_epoch(ids, **known)
+    for name in ("seed", "round_index", "epoch"):
+        assert plan != plan_epoch(ids, **{**known, name: known[name] + 1})
+
+
+@pytest.fixture
+def rows() -> Rows:
+    rationales = [rationale(f"q{i}", f"text {j}", j) for i in range(7) for j in range(1 + i % 3)]
+    attempts = [attempt(f"q{i}", f"wrong {j}", j) for i in range(0, 7, 2) for j in (1, 2)]
+    return rows_of(rationales, attempts)
+
+
+def batches(rows: Rows, **changes) -> list:
+    settings = {
+        "batch_size": 4,
+        "multiple": 1,
+        "pairs": True,
+        "seed": 5,
+        "round_index": 1,
+        "epochs": 3,
+    }
+    return list(make_batches(rows, **{**settings, **changes}))
+
+
+def test_batches_hold_the_rows_of_each_epoch(rows: Rows):
+    expected = Counter(spell_row(rows, row) for row in rows.rows)
+    found = batches(rows)
+    assert len(found) == num_steps(rows, batch_size=4, seed=5, round_index=1, epochs=3)
+    for epoch in range(3):
+        texts = Counter(
+            spell(batch.question.tokens[i], batch.question.mask[i])
+            + spell(batch.anchor.tokens[i], batch.anchor.mask[i])
+            for at, batch in found
+            if at == epoch
+            for i in np.flatnonzero(batch.real)
+        )
+        assert texts == expected
+
+
+def spell_row(rows: Rows, row) -> str:
+    return "".join(map(chr, (*row.question, *row.anchor)))
+
+
+def test_starting_late_gives_the_same_batches(rows: Rows):
+    whole = batches(rows)
+    for start in (1, 5, len(whole) - 1):
+        for (epoch, batch), (late_epoch, late) in zip(
+            whole[start:], batches(rows, start=start), strict=True
+        ):
+            assert epoch == late_epoch
+            assert all(np.array_equal(a, b) for a, b in zip(flat(batch), flat(late), strict=True))
+
+
+def flat(batch) -> list[np.ndarray]:
+    parts = (batch.question, batch.anchor, batch.positive, batch.negative)
+    return [batch.shared, batch.valid, batch.real, *(array for part in parts for array in part)]
+
+
+def test_rows_that_fill_a_batch_are_not_real_and_hold_nothing(rows: Rows):
+    for _, batch in batches(rows, multiple=8):
+        assert batch.real.shape == (8,) and batch.real.sum() <= 4
+        for part in (batch.question, batch.anchor, batch.positive, batch.negative):
+            assert not part.mask[~batch.real].any()
+        assert not batch.valid[~batch.real].any()
+
+
+def test_pairs_are_drawn_anew_each_epoch_and_belong_to_their_question(rows: Rows):
+    drawn: dict[str, set[str]] = {}
+    for _, batch in batches(rows, epochs=12):
+        for i in np.flatnonzero(batch.valid):
+            anchor = spell(batch.anchor.tokens[i], batch.anchor.mask[i])
+            positive = spell(batch.positive.tokens[i], batch.positive.mask[i])
+            negative = spell(batch.negative.tokens[i], batch.negative.mask[i])
+            assert positive != anchor and "wrong" in negative
+            name = spell(batch.question.tokens[i], batch.question.mask[i])
+            drawn.setdefault(name + anchor, set()).add(negative)
+    assert drawn and all(len(negatives) == 2 for negatives in drawn.values())
+
+
+def test_without_pairs_there_are_no_branches(rows: Rows):
+    _, batch = batches(rows, pairs=False)[0]
+    assert batch.positive.tokens.shape == (4, 0) and not batch.valid.any()

@@ -1,0 +1,259 @@
+"""The decoder against transformers, and against itself cut into segments."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import (
+    GPT2,
+    LLAMA,
+    VARIANTS,
+    make_params,
+    make_published,
+    make_rows,
+    published_logits,
+    run,
+    whole,
+)
+
+from distill_jax.student.model import (
+    ModelConfig,
+    Segment,
+    abstract_params,
+    head,
+    init_params,
+    logical_axes,
+    logits,
+)
+from distill_jax.student.sharding import BATCH, TRAIN_RULES, make_mesh
+from distill_jax.weights import load_params, read_model_config
+
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equals_transformers(name, tmp_path):
+    published = make_published(tmp_path, VARIANTS[name])
+    config = read_model_config(tmp_path)
+    assert config == VARIANTS[name]
+    params = load_params(tmp_path, config, whole(config))
+    for left in (True, False):
+        rows = make_rows([9, 5, 12, 1], vocab_size=config.vocab_size, left=left)
+        scores, states = published_logits(published, *rows)
+        hidden, _ = run(config, params, *rows)
+        real = rows[2]
+        ours = logits(config, params, hidden)[..., : config.vocab_size]
+        assert np.abs(np.asarray(hidden) - states)[real].max() < TOLERANCE
+        assert np.abs(np.asarray(ours) - scores)[real].max() < TOLERANCE
+        assert np.isfinite(hidden).all()
+
+
+def assert_same_gradients(ours, plain):
+    """Apart by rounding only; the gradient of a weight without effect is nothing but rounding."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(plain))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=TOLERANCE, atol=1e-5 * largest)
+
+
+def branches_flat(config, params, tokens, cuts):
+    """One flat row per branch, with nothing shared: the states of the branch's own tokens."""
+    shared, questions, branches = cuts
+    rows, each = tokens.shape[0], tokens.shape[0] // questions.shape[0]
+    texts = [
+        np.concatenate([shared[0], questions[b // each], branches[b]]).astype(int)
+        for b in range(rows)
+    ]
+    full = np.stack(texts)
+    positions = np.broadcast_to(np.arange(full.shape[1])[None], full.shape)
+    hidden, _ = run(config, params, full, positions, np.ones(full.shape, bool))
+    return hidden[:, -branches.shape[1] :]
+
+
+def branches_tree(config, params, tokens, cuts):
+    """The same as a tree: shared tokens once, questions once, branches last."""
+    past, start = [], 0
+    for stretch in cuts:
+        positions = np.broadcast_to(start + np.arange(stretch.shape[1])[None], stretch.shape)
+        hidden, segment = run(
+            config, params, stretch, positions, np.ones(stretch.shape, bool), tuple(past)
+        )
+        past.append(segment)
+        start += stretch.shape[1]
+    return hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("llama", (7, 5, 6)), ("llama", (1, 9, 1)), ("gpt2", (4, 1, 8))]
+)
+def test_tree_of_segments_equals_flat_rows_with_gradients(name, lengths):
+    config, rng = VARIANTS[name], np.random.default_rng(sum(lengths))
+    params = make_params(config)
+    cuts = [
+        rng.integers(0, config.vocab_size, (groups, length))
+        for groups, length in zip((1, 2, 6), lengths, strict=True)
+    ]
+    pull = rng.normal(size=(6, lengths[2], config.width))
+
+    def loss(params, branches):
+        hidden = branches(config, params, cuts[2], cuts)
+        return jnp.sum(hidden * pull), hidden
+
+    flat, tree = (
+        jax.jit(jax.value_and_grad(partial(loss, branches=branches), has_aux=True))(params)
+        for branches in (branches_flat, branches_tree)
+    )
+    np.testing.assert_allclose(tree[0][1], flat[0][1], atol=TOLERANCE)
+    assert_same_gradients(tree[1], flat[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_token_by_token_equals_the_whole(name):
+    config = VARIANTS[name]
+    params, rows = make_params(config), make_rows([5, 3], vocab_size=config.vocab_size, left=True)
+    expected, segment = run(config, params, *rows)
+    past: tuple[Segment, ...] = ()
+    for t in range(5):
+        tokens, positions, mask = (x[:, t : t + 1] for x in rows)
+        hidden, own = run(config, params, tokens, positions, mask, past)
+        np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=TOLERANCE)
+        past = (*past, own)
+    np.testing.assert_allclose(
+        np.concatenate([own.keys for own in past], axis=2), segment.keys, atol=TOLERANCE
+    )
+
+
+def test_masked_tokens_change_nothing_and_give_no_nan():
+    params = make_params(LLAMA)
+    tokens, positions, mask = make_rows([4, 6], vocab_size=301)
+    prefix = make_rows([3, 5], vocab_size=301, left=True, seed=1)
+    own = np.arange(6)[None] + prefix[2].sum(axis=1)[:, None]
+
+    def states(prefix_tokens, tokens):
+        _, segment = run(LLAMA, params, prefix_tokens, *prefix[1:])
+        return run(LLAMA, params, tokens, own, mask, (segment,))[0]
+
+    first = states(prefix[0], tokens)
+    again = states(np.where(prefix[2], prefix[0], 7), np.where(mask, tokens, 9))
+    np.testing.assert_array_equal(first[mask], again[mask])
+
+    def loss(params):
+        nothing = np.zeros((2, 6), bool)
+        return run(LLAMA, params, tokens, positions, nothing)[0].sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_single_visible_token_has_the_right_gradient():
+    """A softmax over one token is flat in its score; a tie in a maximum once halved such terms."""
+    params = make_params(LLAMA)
+    row = (np.array([[5]]), np.array([[0]]), np.array([[True]]))
+    gradient = jax.jit(jax.grad(lambda p: run(LLAMA, p, *row)[0][0, 0, 3]))(params)
+    attention = gradient["blocks"]["attention"]
+    assert np.abs(attention["value"]).max() > 1e-3
+    assert np.abs(attention["query"]).max() < 1e-6
+    assert np.abs(attention["key"]).max() < 1e-6
+
+
+def test_recomputing_blocks_changes_no_gradient():
+    params, rows = make_params(GPT2), make_rows([7, 4], vocab_size=131)
+
+    def loss(params, remat):
+        return jnp.square(run(GPT2, params, *rows, remat=remat)[0]).sum()
+
+    plain, again = (
+        jax.jit(jax.grad(partial(loss, remat=remat)))(params) for remat in (False, True)
+    )
+    assert_same_gradients(again, plain)
+
+
+def test_half_precision_keeps_norms_and_scores_in_float32():
+    params, rows = make_params(GPT2), make_rows([7, 4], vocab_size=131)
+    exact, _ = run(GPT2, params, *rows)
+    rough, segment = run(GPT2, params, *rows, compute_dtype=jnp.bfloat16)
+    assert rough.dtype == segment.keys.dtype == jnp.bfloat16
+    assert logits(GPT2, params, rough).dtype == jnp.float32
+    apart = np.abs(np.asarray(exact) - np.asarray(rough, np.float32))[rows[2]]
+    assert 0 < apart.max() < 0.2 * np.abs(exact).max()
+
+
+def test_eight_devices_equal_one():
+    config = dataclasses.replace(LLAMA, width=64, mlp_width=72)
+    mesh = make_mesh(2, 2, 2)
+    one = init_params(config, jax.random.key(4), whole(config))
+    many = init_params(config, jax.random.key(4), whole(config, mesh, TRAIN_RULES))
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    rows = make_rows([9, 5, 12, 1], vocab_size=config.vocab_size)
+    spread = jax.sharding.NamedSharding(mesh, BATCH)
+
+    def scores(params, tokens, positions, mask):
+        hidden, _ = run(
+            config,
+            params,
+            tokens,
+            positions,
+            mask,
+            constrain=lambda x: jax.lax.with_sharding_constraint(x, spread),
+        )
+        return logits(config, params, hidden)
+
+    expected = logits(config, one, run(config, one, *rows)[0])
+    ours = jax.jit(scores)(many, *(jax.device_put(x, spread) for x in rows))
+    np.testing.assert_allclose(ours, expected, atol=TOLERANCE)
+
+
+def test_the_padded_vocabulary_has_no_probability():
+    assert GPT2.padded_vocab == 256
+    params, rows = make_params(GPT2), make_rows([7, 4], vocab_size=131)
+    hidden, _ = run(GPT2, params, *rows)
+    scores = logits(GPT2, params, hidden)
+    assert scores.shape == (2, 7, 256)
+    assert (np.asarray(scores)[..., 131:] == -np.inf).all()
+    assert np.isfinite(np.asarray(scores)[..., :131]).all()
+    weight, bias = head(GPT2, params)
+    assert bias is not None
+    np.testing.assert_allclose(hidden @ weight + bias[None, None], scores, atol=TOLERANCE)
+    drawn = jax.random.categorical(jax.random.key(0), scores, shape=(500, 2, 7))
+    assert int(drawn.max()) < 131
+    gradient = jax.grad(lambda p: jax.nn.log_softmax(logits(GPT2, p, hidden))[..., 3].sum())(params)
+    assert np.isfinite(gradient["embedding"]).all()
+    assert not np.asarray(gradient["embedding"][131:]).any()
+
+
+def test_a_vocabulary_that_needs_no_padding_has_no_bias():
+    config = dataclasses.replace(LLAMA, vocab_size=256)
+    assert config.padded_vocab == 256
+    assert head(config, make_params(config))[1] is None
+
+
+def test_axes_name_every_dim():
+    for config in VARIANTS.values():
+        shapes, axes = abstract_params(config), logical_axes(config)
+        jax.tree.map(
+            lambda names, leaf: (
+                pytest.fail(f"{names} {leaf.shape}") if len(names) != len(leaf.shape) else None
+            ),
+            axes,
+            shapes,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+        assert axes["blocks"]["mlp"]["up"] == ("layers", "embed", "mlp")
+        assert shapes["blocks"]["mlp"]["up"].shape == (3, config.width, config.mlp_width)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("kv_heads", 4, "kv_heads must divide heads=6; got 4"),
+        ("head_dim", 7, "even head_dim; got 7"),
+        ("activation", "tanh", "activation is one of silu, gelu_new, gelu, relu; got 'tanh'"),
+    ],
+)
+def test_impossible_configs_are_refused(field, value, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ModelConfig(**{**dataclasses.asdict(LLAMA), field: value})
