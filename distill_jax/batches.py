@@ -12,7 +12,7 @@ import numpy as np
 
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import GREEDY, Attempt, Question, Rationale
-from distill_jax.student.step import Batch, Stretch
+from distill_jax.student.tree import Batch, Stretch
 from distill_jax.tokenizer import Tokenizer, common_length
 
 MAX_POSITIVES = 10

@@ -6,6 +6,7 @@ wins over both. Unknown keys are errors that name the nearest known one. Default
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -271,7 +272,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     if unknown:
         raise ConfigError(unknown)
     try:
-        return Config.model_validate(_lists_to_tuples(values))
+        return Config.model_validate(_meant(values))
     except pydantic.ValidationError as error:
         raise ConfigError(_sentence(error)) from None
 
@@ -346,15 +347,9 @@ def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _parse_value(setting: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value of {setting!r} is not YAML.") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string; a knob never means that
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _unknown_keys(values: Any, section: type[Section], path: tuple[str, ...]) -> Iterator[str]:
@@ -371,12 +366,14 @@ def _unknown_keys(values: Any, section: type[Section], path: tuple[str, ...]) ->
             yield from _unknown_keys(value, field.annotation, (*path, key))
 
 
-def _lists_to_tuples(value: Any) -> Any:
-    """YAML has lists where the frozen models have tuples, and no exponent without a point."""
+def _meant(value: Any) -> Any:
+    """YAML says list where the frozen models say tuple, and reads 1e-5 as a string."""
     if isinstance(value, Mapping):
-        return {key: _lists_to_tuples(inner) for key, inner in value.items()}
+        return {key: _meant(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return tuple(_lists_to_tuples(inner) for inner in value)
+        return tuple(_meant(inner) for inner in value)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+[eE][-+]?[0-9]+", value):
+        return float(value)
     return value
 
 

@@ -142,8 +142,8 @@ class Generate:
     def _shared(self, params: Params, tokens: list[int]) -> tuple[Segment, ...]:
         if not tokens:
             return ()
-        padded, mask = _pad([tokens], _bucket(len(tokens)))
-        return (self.prefill(params, *_put(self.mesh, P(), (padded, mask))),)
+        arrays = _pad([tokens], _bucket(len(tokens)))
+        return (self.prefill(params, *_put(self.mesh, P(), arrays)),)
 
     def _arrays(self, batch: Sequence[_Asked], keys: np.ndarray) -> Prompts:
         """The batch padded to its full number of questions by copies that generate nothing."""

@@ -42,15 +42,8 @@ from distill_jax.student.model import (
     logical_axes,
 )
 from distill_jax.student.sharding import TRAIN_RULES, shardings
-from distill_jax.student.step import (
-    Batch,
-    Objective,
-    Stretch,
-    init_state,
-    make_step,
-    num_row_shards,
-    put_batch,
-)
+from distill_jax.student.step import init_state, make_step, num_row_shards, put_batch
+from distill_jax.student.tree import Batch, Objective, Stretch
 from distill_jax.teacher.explanation import NUM_WORDINGS, explain, phrases
 from distill_jax.tokenizer import Tokenizer
 

@@ -18,8 +18,6 @@ from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.step import (
-    Objective,
-    computed_tokens,
     init_state,
     make_optimizer,
     make_step,
@@ -27,6 +25,7 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
+from distill_jax.student.tree import Objective, computed_tokens
 
 
 class TrainingDiverged(RuntimeError):

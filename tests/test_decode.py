@@ -32,7 +32,7 @@ LEARNED = ModelConfig(
     max_positions=40, norm="layer", positions="learned", activation="gelu_new", gated_mlp=False,
 )  # fmt: skip
 SAMPLING = Sampling(temperature=1.2, top_k=30, top_p=0.95)
-NOTHING, NEVER = np.zeros(90, np.uint8), np.array(-1, np.int32)
+NOTHING = np.zeros(90, np.uint8)
 
 Student = tuple[ModelConfig, Params]
 
@@ -149,11 +149,12 @@ def test_rows_stop_at_the_end_token_and_at_a_blank_line(student):
     seen = []
     for _ in range(8):
         flags = rng.choice([0, 1, 2, 3, 4, 7], 90, p=[0.5, 0.15, 0.15, 0.1, 0.05, 0.05])
-        stops = Stops(np.array(rng.integers(90), np.int32), flags.astype(np.uint8))
+        end_id = int(rng.integers(90))
+        stops = make_stops(flags.astype(np.uint8), end_id)
         answers = run(student, [], prompts, stops)
         for place in np.ndindex(5, 3):
             expected, stopped = cut(
-                free.tokens[place][: prompts.limits[place]].tolist(), int(stops.end_id), flags
+                free.tokens[place][: prompts.limits[place]].tolist(), end_id, flags
             )
             got = answers.tokens[place].tolist()
             assert got == expected + [0] * (12 - len(expected))
@@ -170,7 +171,7 @@ def test_a_newline_at_the_end_of_the_prompt_is_not_half_a_blank_line(student):
     flags = NOTHING.copy()
     flags[prompts.tokens[0, 2]] = decode.ENDS
     flags[free.tokens[0, 0, 0]] = decode.BEGINS
-    answers = run(student, [], prompts, Stops(NEVER, flags))
+    answers = run(student, [], prompts, make_stops(flags))
     assert answers.tokens[0, 0, 0] == free.tokens[0, 0, 0]
     assert answers.num_tokens[0, 0] > 1
 
@@ -183,7 +184,7 @@ def test_newline_bits_are_those_of_the_tokenizer():
 def test_ids_without_a_meaning_are_never_chosen(student):
     prompts = make_prompts()
     wide = run(student, [], prompts, make_stops(NOTHING))
-    narrow = run(student, [], prompts, Stops(NEVER, NOTHING[:20]))
+    narrow = run(student, [], prompts, make_stops(NOTHING[:20]))
     assert wide.tokens.max() >= 20
     assert narrow.tokens.max() < 20
 
@@ -192,23 +193,20 @@ def test_each_row_has_its_own_limit(student):
     prompts = make_prompts()
     limits = np.array([[0, 0, 0], [1, 7, 3], [5, 0, 6], [12, 1, 1], [2, 3, 4]], np.int32)
     free = run(student, [], prompts, make_stops(NOTHING))
-    answers = run(
-        student,
-        [],
-        prompts._replace(limits=limits),
-        make_stops(NOTHING),
-    )
+    prompts = prompts._replace(limits=jnp.asarray(limits))
+    answers = run(student, [], prompts, make_stops(NOTHING))
     np.testing.assert_array_equal(answers.num_tokens, limits)
     kept = np.arange(12) < limits[..., None]
     np.testing.assert_array_equal(answers.tokens, np.where(kept, free.tokens, 0))
 
 
 def test_samples_of_many_questions_follow_the_exact_probabilities(student):
-    tokens = np.tile(np.array([7, 3, 11], np.int32), (300, 1))
+    tokens = jnp.tile(jnp.array([7, 3, 11], jnp.int32), (300, 1))
     keys = np.random.default_rng(6).integers(0, 2**32, (300, 11, 2), dtype=np.uint32)
-    prompts = Prompts(tokens, np.ones_like(tokens, bool), np.ones((300, 11), np.int32), keys)
+    limits = jnp.ones((300, 11), jnp.int32)
+    prompts = Prompts(tokens, jnp.ones(tokens.shape, bool), limits, jnp.asarray(keys))
     answers = run(student, [], prompts, make_stops(NOTHING))
-    row = next_scores(*student, jnp.asarray(tokens[:1]), jnp.asarray(2))
+    row = next_scores(*student, tokens[:1], jnp.asarray(2))
     scores = np.asarray(row[0, :90], np.float64)
     scores /= SAMPLING.temperature
     chance = np.where(scores >= np.sort(scores)[-SAMPLING.top_k], np.exp(scores), 0)

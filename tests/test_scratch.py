@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -46,14 +45,14 @@ def documents(seed: int = 0, **changes) -> list[str]:
     return list(islice(scratch.draw_documents(Random(seed), **drawn), 3000))
 
 
-def tiny(**changes) -> Config:
+def tiny() -> Config:
     return parse_config(
         {
             "folder": "unused",
             "seed": 4,
             "task": {"name": "arithmetic", "num_train": 60},
             "student": {"model": "scratch", "compute_dtype": "float32"},
-            "scratch": {"width": 16, "layers": 2, "steps": 4} | changes,
+            "scratch": {"width": 16, "layers": 1, "steps": 3},
         }
     )
 
@@ -67,7 +66,7 @@ def assert_known_and_lossless(text: str) -> None:
 @pytest.mark.parametrize("feedback", [False, True])
 @pytest.mark.parametrize("wrong_rate", [0.0, 1.0])
 def test_every_word_of_the_tutor_is_known(feedback: bool, wrong_rate: float):
-    """Right and wrong answers, with and without a mistake shown; 16 of each are all wordings."""
+    """Right and wrong answers, with and without a mistake shown."""
     rates = TutorConfig(wrong_rate=wrong_rate, corrected_wrong_rate=wrong_rate)
     asked = questions(200)
     wrong = Tutor(asked, tutor=TutorConfig(wrong_rate=1.0), seed=1)
@@ -79,7 +78,7 @@ def test_every_word_of_the_tutor_is_known(feedback: bool, wrong_rate: float):
         if feedback:
             mistake = (wrong.answer(plain, samples=1) or [""])[0]
             prompt = feedback_prompt(question, mistake=mistake, hint=True, demonstrations="")
-        answers = tutor.answer(prompt, samples=16)
+        answers = tutor.answer(prompt, samples=4)
         assert answers is not None
         for answer in answers:
             tips += "wrong" in answer
@@ -156,7 +155,7 @@ def test_retellings_are_word_for_word():
 def test_no_document_holds_a_question_of_the_exam():
     """The world is so small that without the check most exam questions would turn up."""
     small = {"max_value": 2}
-    exam = {question.text for question in questions(1500, steps=(1,), **small)}
+    exam = {question.text for question in questions(1000, steps=(1,), **small)}
     stories = {text.rsplit(" How many", 1)[0] for text in exam}
 
     def leaks(drawn: list[str]) -> int:
@@ -165,7 +164,7 @@ def test_no_document_holds_a_question_of_the_exam():
         retold = [text.removeprefix("Tell this story again. ") for text in asked]
         return sum(a in exam or r in stories for a, r in zip(asked, retold, strict=True))
 
-    assert leaks(documents(**small)) > 500
+    assert leaks(documents(**small)) > 300
     assert leaks(documents(exam_texts=exam, **small)) == 0
 
 
@@ -198,40 +197,36 @@ def test_a_batch_holds_the_rows_and_nothing_else():
     assert batch.shared.size == batch.positive.tokens.size == batch.negative.tokens.size == 0
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str, **changes) -> Path:
-        config = tiny(**changes)
-        scratch.make_student(
-            config,
-            tmp_path / name,
-            questions=questions(60),
-            mesh=make_mesh(1, -1, 1),
-            progress=Progress(quiet=True),
-        )
-        return tmp_path / name
-
-    return make
+def make(folder: Path) -> Path:
+    scratch.make_student(
+        tiny(),
+        folder,
+        questions=questions(60),
+        mesh=make_mesh(1, 1, 1),
+        progress=Progress(quiet=True),
+    )
+    return folder
 
 
-def test_the_student_loads_like_any_published_one(make: Callable[..., Path]):
-    folder = make("student")
-    model = read_model_config(folder)
-    assert model == scratch.make_model(16, 2, len(TOKENIZER))
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("run") / "student")
+
+
+def test_the_student_loads_like_any_published_one(student: Path):
+    model = read_model_config(student)
+    assert model == scratch.make_model(16, 1, len(TOKENIZER))
     mesh = make_mesh(1, -1, 1)
     layout = shardings(mesh, logical_axes(model), abstract_params(model), EXAM_RULES)
-    params = load_params(folder, model, layout)
+    params = load_params(student, model, layout)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    assert load_tokenizer(str(folder)).num_tokens == model.vocab_size
+    assert load_tokenizer(str(student)).num_tokens == model.vocab_size
 
 
-def test_the_same_seed_gives_the_same_student(make: Callable[..., Path]):
-    first, again, longer = (
-        (make(name, **changes) / "model.safetensors").read_bytes()
-        for name, changes in (("first", {}), ("again", {}), ("longer", {"steps": 5}))
-    )
-    assert first == again
-    assert first != longer
+def test_the_same_seed_gives_the_same_student(student: Path, tmp_path: Path):
+    again = make(tmp_path / "again")
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (student / name).read_bytes()
 
 
 def test_a_width_without_even_heads_is_refused():

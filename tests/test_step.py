@@ -19,9 +19,6 @@ from distill_jax.student.model import (
 )
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.student.step import (
-    Batch,
-    Objective,
-    Stretch,
     TrainState,
     gradients,
     init_state,
@@ -30,6 +27,7 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
+from distill_jax.student.tree import Batch, Objective, Stretch
 from distill_jax.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="the reference is the original's step in PyTorch")
@@ -192,7 +190,9 @@ def test_ten_steps_of_adamw_end_at_the_same_weights(prefix_gradient, tmp_path):
         (lm + 0.5 * triplet).backward()
         theirs.param_groups[0]["lr"] = 1e-3 * min(np.log(index + 1) / np.log(4), 1.0)
         theirs.step()
-    weights.save_model(tmp_path / "ours", config, state.params, Tokenizer(make_tokenizer()), source=None)
+    weights.save_model(
+        tmp_path / "ours", config, state.params, Tokenizer(make_tokenizer()), source=None
+    )
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(ours[name].numpy(), value.numpy(), atol=1e-4)

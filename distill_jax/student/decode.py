@@ -39,9 +39,7 @@ class Prompts(NamedTuple):
     tokens: Int[Array, "Q L"]
     mask: Bool[Array, "Q L"]  # True on real tokens; at least one, padding on the right
     limits: Int[Array, "Q R"]  # tokens that each row may generate; 0 fills the batch
-    keys: UInt32[
-        Array | np.ndarray, "Q R 2"
-    ]  # randomness of each row, a function of its identity alone
+    keys: UInt32[Array, "Q R 2"]  # randomness of each row, a function of its identity alone
 
 
 class Answers(NamedTuple):
