@@ -46,8 +46,7 @@ class _Asked(NamedTuple):
     """A prompt to be answered."""
 
     index: int  # among the prompts given
-    shared: list[int]  # tokens that all prompts begin with
-    tokens: list[int]  # the others, at least one
+    tokens: list[int]  # behind those that all prompts begin with, at least one
     id: str
 
 
@@ -59,6 +58,7 @@ class Generate:
     tokenizer: Tokenizer
     mesh: Mesh
     exam: ExamConfig
+    stops: Stops
     batch_questions: int  # Q: as asked, rounded up to what the devices share evenly
     lay_out: Callable[[Params], Params]  # from any layout to that of the exam
     prefill: Callable[..., Segment]
@@ -98,40 +98,42 @@ class Generate:
           count as cut.
 
         Raises:
-          ValueError: there are not as many ids as prompts. Raised when first asked for a result.
+          ValueError: there are not as many ids as prompts; raised with the first result.
         """
         if len(ids) != len(prompts):
             raise ValueError(f"each prompt needs an id; got {len(prompts)} and {len(ids)} ids.")
-        encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        fits = [len(tokens) < self.config.max_positions for tokens in encoded]
-        for index in set(range(len(prompts))) - set(done):
-            if not fits[index]:
-                yield index, (Completion("", "length", 0),) * (1 + samples)
-        common = _common_length([tokens for tokens, fit in zip(encoded, fits, strict=True) if fit])
-        asked = [
-            _Asked(index, tokens[:common], tokens[common:], ids[index])
-            for index, tokens in enumerate(encoded)
-            if fits[index]
-        ]
-        batches = [batch for batch in self._batches(asked) if {a.index for a in batch} - set(done)]
+        done = set(done)
+        asked, common = self._ask(prompts, ids)
+        for index in sorted(set(range(len(prompts))) - {a.index for a in asked} - done):
+            yield index, (Completion("", "length", 0),) * (1 + samples)
+        batches = [batch for batch in self._batches(asked) if {a.index for a in batch} - done]
         if not batches:
             return
         laid_out = self.lay_out(params)
-        shared = self._shared(laid_out, asked[0].shared)
+        shared = self._shared(laid_out, common)
         stages = plan_stages(
             greedy=self.exam.greedy_max_new_tokens,
             sampled=self.exam.max_new_tokens,
             samples=samples,
         )
-        stops = self._stops()
         for batch in batches:
-            keys = [_keys(seed, round_index, a.id, 1 + samples) for a in batch]
-            arrays = self._arrays(batch, np.stack(keys))
+            keys = np.stack([_keys(seed, round_index, a.id, 1 + samples) for a in batch])
+            arrays = self._arrays(batch, len(common), keys)
             # Fetched before the next batch is sent: CPU meshes lock up on long queues.
-            answers = jax.device_get(self.answer(laid_out, shared, arrays, stops, stages=stages))
+            answers = jax.device_get(
+                self.answer(laid_out, shared, arrays, self.stops, stages=stages)
+            )
             for row, a in enumerate(batch):
                 if a.index not in done:
                     yield a.index, self._completions(answers, row)
+
+    def _ask(self, prompts: Sequence[str], ids: Sequence[str]) -> tuple[list[_Asked], list[int]]:
+        """The prompts that leave room for an answer, and the tokens that they all begin with."""
+        encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
+        fit = [i for i, tokens in enumerate(encoded) if len(tokens) < self.config.max_positions]
+        common = _common_length([encoded[i] for i in fit])
+        asked = [_Asked(i, encoded[i][common:], ids[i]) for i in fit]
+        return asked, encoded[fit[0]][:common] if fit else []
 
     def _batches(self, asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
         """Prompts in order of length, so that a batch needs little padding."""
@@ -145,12 +147,12 @@ class Generate:
         arrays = _pad([tokens], _bucket(len(tokens)))
         return (self.prefill(params, *_put(self.mesh, P(), arrays)),)
 
-    def _arrays(self, batch: Sequence[_Asked], keys: np.ndarray) -> Prompts:
+    def _arrays(self, batch: Sequence[_Asked], common: int, keys: np.ndarray) -> Prompts:
         """The batch padded to its full number of questions by copies that generate nothing."""
         tokens, mask = _pad([a.tokens for a in batch], _bucket(max(len(a.tokens) for a in batch)))
         limits = np.full(keys.shape[:2], self.exam.max_new_tokens, np.int32)
         limits[:, GREEDY] = self.exam.greedy_max_new_tokens
-        room = [self.config.max_positions - len(a.shared) - len(a.tokens) for a in batch]
+        room = [self.config.max_positions - common - len(a.tokens) for a in batch]
         limits = np.minimum(limits, np.array(room, np.int32)[:, None])
         fill = self.batch_questions - len(batch)
         tokens, mask, keys = (
@@ -160,18 +162,9 @@ class Generate:
         limits = np.pad(limits, [(0, fill), (0, 0)])
         return Prompts(*_put(self.mesh, BATCH, (tokens, mask, limits, keys)))
 
-    def _stops(self) -> Stops:
-        end = self.tokenizer.end_id
-        end_id = np.array(-1 if end is None else end, np.int32)
-        return Stops(*_put(self.mesh, P(), (end_id, self.tokenizer.newlines)))
-
     def _completions(self, answers: Answers, row: int) -> tuple[Completion, ...]:
-        return tuple(
-            self._completion(tokens[:count].tolist(), bool(stopped))
-            for tokens, count, stopped in zip(
-                answers.tokens[row], answers.num_tokens[row], answers.stopped[row], strict=True
-            )
-        )
+        parts = zip(*(part[row] for part in answers), strict=True)
+        return tuple(self._completion(t[:count].tolist(), bool(end)) for t, count, end in parts)
 
     def _completion(self, tokens: list[int], stopped: bool) -> Completion:
         """Tokens as generated to text, without the end token and what follows a blank line."""
@@ -204,6 +197,7 @@ def make_generate(
     replicas = math.prod(mesh.shape[axis] for axis in REPLICAS)
     axes, shapes = logical_axes(config), abstract_params(config)
     layout = shardings(mesh, axes, shapes, EXAM_RULES)
+    end_id = np.array(-1 if tokenizer.end_id is None else tokenizer.end_id, np.int32)
 
     def lay_out(params: Params) -> Params:
         # Norms work in float32 whatever the states are: their weights are not rounded.
@@ -230,11 +224,10 @@ def make_generate(
         local = partial(
             answer, config, stages=stages, sampling=sampling, compute_dtype=compute_dtype
         )
-        everywhere = P()
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(everywhere, everywhere, BATCH, everywhere),
+            in_specs=(P(), P(), BATCH, P()),
             out_specs=BATCH,
             axis_names=set(REPLICAS),
             check_vma=False,
@@ -245,6 +238,7 @@ def make_generate(
         tokenizer=tokenizer,
         mesh=mesh,
         exam=exam,
+        stops=Stops(*_put(mesh, P(), (end_id, tokenizer.newlines))),
         batch_questions=-(-exam.batch_questions // replicas) * replicas,
         lay_out=jax.jit(lay_out, out_shardings=layout),
         prefill=jax.jit(prefill),

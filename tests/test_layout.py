@@ -21,7 +21,7 @@ teacher.lesson teacher.explanation teacher.tutor
 batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-training school rounds exchange cli
+training school rounds exchange cli __main__
 """.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
 PACKAGES_ONLY = {"student", "teacher", "report", ""}  # their __init__ holds a docstring

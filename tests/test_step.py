@@ -130,9 +130,13 @@ def assert_close(got, expected, tolerance: float) -> None:
         assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {error / scale:.2e}"
 
 
+def save(folder: Path, config: ModelConfig, params: dict) -> None:
+    weights.save_model(folder, config, params, Tokenizer(make_tokenizer()), source=None)
+
+
 def in_torch(config: ModelConfig, params: dict, folder: Path):
     """The same weights in transformers."""
-    weights.save_model(folder, config, params, Tokenizer(make_tokenizer()), source=None)
+    save(folder, config, params)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
@@ -155,7 +159,7 @@ def test_losses_and_gradients_equal_the_originals(family, prefix_gradient, tmp_p
     np.testing.assert_allclose(figures["lm_loss"], lm.item(), rtol=1e-5)
     np.testing.assert_allclose(figures["reflection_loss"], triplet.item(), rtol=1e-5)
     expected = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    weights.save_model(tmp_path / "grads", config, grads, Tokenizer(make_tokenizer()), source=None)
+    save(tmp_path / "grads", config, grads)
     got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grads")
     found = {name: p.detach().numpy() for name, p in got.named_parameters()}
     assert found.keys() == expected.keys()

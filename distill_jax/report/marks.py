@@ -102,7 +102,8 @@ def wilson(num_correct: int, num_questions: int) -> tuple[float, float]:
     scale = 1 + Z95**2 / n
     middle = (share + Z95**2 / (2 * n)) / scale
     half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # at 0 and at n right the bound is the share itself, but for rounding
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 @dataclass(frozen=True, slots=True)

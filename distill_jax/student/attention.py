@@ -47,40 +47,58 @@ def attend(
 ) -> Float[Array, "B L heads H"]:
     """One softmax over all stretches, which are never laid side by side.
 
-    The scores of a stretch stay in its own layout [G, K, S, L, R, T], where all queries of a group
-    and key head are one matrix product. Only what has no T (maxima, sums, mixed values) is brought
-    to [B, L, K, R]. A token that sees nothing gets zeros.
+    All queries of a group and key head are one matrix, [G K, S L R, H], so that each stretch costs
+    plain batched products: written as one contraction over six dims, XLA's CPU backend is several
+    times slower. Only what has no T (maxima, sums, mixed values) is brought together, as
+    [B, L, K, R, ...]. A token that sees nothing gets zeros.
     """
     rows, length, heads, head_dim = query.shape
     kv_heads = stretches[0].keys.shape[2]
-    query = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
-    query = query * head_dim**-0.5
-
-    def by_row(x: Array) -> Array:  # [G, K, S, L, R] -> [B, L, K, R]
-        return jnp.moveaxis(x, 1, 3).reshape(query.shape[:4])
-
-    def by_group(x: Array, groups: int) -> Array:  # and back
-        return jnp.moveaxis(x.reshape(groups, -1, *x.shape[1:]), 3, 1)
-
-    scores = []
-    for keys, _, visible in stretches:
-        grouped = query.reshape(keys.shape[0], -1, *query.shape[1:])
-        products = jnp.einsum(
-            "gslkrh,gtkh->gkslrt", grouped, keys, preferred_element_type=jnp.float32
-        )
-        scores.append(jnp.where(visible[:, None, None, :, None], products, -jnp.inf))
-    tops = functools.reduce(jnp.maximum, (by_row(score.max(axis=-1)) for score in scores))
+    shape = (rows, length, kv_heads, heads // kv_heads)
+    query = (query * head_dim**-0.5).reshape(*shape, head_dim)
+    groups = [stretch.keys.shape[0] for stretch in stretches]
+    scores = [_score(query, *parts) for parts in zip(stretches, groups, strict=True)]
+    tops = functools.reduce(
+        jnp.maximum,
+        (_by_row(x.max(axis=-1), g, shape) for x, g in zip(scores, groups, strict=True)),
+    )
     # Any constant gives the same softmax; the largest score of all stretches keeps it in range.
     tops = jax.lax.stop_gradient(jnp.maximum(tops, jnp.finfo(jnp.float32).min))
-    total, mixed = jnp.zeros(tops.shape), jnp.zeros(query.shape)
-    for score, (_, values, _) in zip(scores, stretches, strict=True):
-        weights = jnp.exp(score - by_group(tops, values.shape[0])[..., None])
-        total += by_row(weights.sum(axis=-1))
-        mixed += jnp.einsum(
-            "gkslrt,gtkh->gslkrh",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=jnp.float32,
-        ).reshape(query.shape)
+    total, mixed = jnp.zeros(shape), jnp.zeros(query.shape)
+    for score, stretch, g in zip(scores, stretches, groups, strict=True):
+        weights = jnp.exp(score - _by_group(tops, g)[..., None])
+        total += _by_row(weights.sum(axis=-1), g, shape)
+        values = _by_head(stretch.values)
+        mixed += _by_row(_product("xmt,xth->xmh", weights.astype(values.dtype), values), g, shape)
     mixed /= jnp.where(total > 0, total, 1.0)[..., None]
     return mixed.astype(query.dtype).reshape(rows, length, heads, head_dim)
+
+
+def _score(query: Float[Array, "B L K R H"], stretch: Stretch, groups: int) -> Array:
+    """Scores of one stretch, [G K, S L R, T]; -inf where a query does not see a token."""
+    rows, length, kv_heads, repeats, _ = query.shape
+    scores = _product("xmh,xth->xmt", _by_group(query, groups), _by_head(stretch.keys))
+    apart = scores.reshape(groups, kv_heads, rows // groups, length, repeats, scores.shape[-1])
+    visible = stretch.visible[:, None, None, :, None]
+    return jnp.where(visible, apart, -jnp.inf).reshape(scores.shape)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _by_group(x: Array, groups: int) -> Array:
+    """[B, L, K, R, ...] to [G K, S L R, ...]."""
+    x = jnp.moveaxis(x.reshape(groups, -1, *x.shape[1:]), 3, 1)
+    return x.reshape(groups * x.shape[1], -1, *x.shape[5:])
+
+
+def _by_row(x: Array, groups: int, shape: tuple[int, int, int, int]) -> Array:
+    """[G K, S L R, ...] back to [B, L, K, R, ...], which is `shape`."""
+    _, length, kv_heads, repeats = shape
+    x = x.reshape(groups, kv_heads, -1, length, repeats, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 3).reshape(*shape, *x.shape[5:])
+
+
+def _by_head(x: Float[Array, "G T K H"]) -> Float[Array, "GK T H"]:
+    x = x.swapaxes(1, 2)
+    return x.reshape(-1, *x.shape[2:])

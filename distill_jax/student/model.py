@@ -112,7 +112,7 @@ def _weight(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
 
 
 def _constant(axes: dict[str, int], value: float) -> nnx.Param:
-    return nnx.Param(jnp.full(tuple(axes.values()), value), out_sharding=tuple(axes))
+    return nnx.Param(jnp.full(tuple(axes.values()), value, jnp.float32), out_sharding=tuple(axes))
 
 
 def _add(x: Array, bias: nnx.Param | None) -> Array:

@@ -3,6 +3,7 @@
 Letters: B rows.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
