@@ -12,14 +12,31 @@ import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
+class Commands(typer.core.TyperGroup):
+    """Runs a command, and turns what users can mend into one sentence and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _leave("interrupted; the same command goes on from here.", INTERRUPTED)
+        except (ValueError, OSError, RuntimeError) as error:
+            code = _exit_code(error)
+            if code is None:
+                raise
+            _leave(str(error), code)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,19 +61,6 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def main() -> None:
-    """Runs one command, and turns what users can mend into one sentence and an exit code."""
-    try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _leave("interrupted; the same command goes on from here.", INTERRUPTED)
-    except (ValueError, OSError, RuntimeError) as error:
-        code = _exit_code(error)
-        if code is None:
-            raise
-        _leave(str(error), code)
-
-
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that a user can mend; None for a bug."""
     if isinstance(error, OSError):
@@ -64,7 +68,7 @@ def _exit_code(error: Exception) -> int | None:
     return getattr(error, "exit_code", WRONG_USAGE if isinstance(error, ValueError) else None)
 
 
-def _leave(message: str, code: int) -> None:
+def _leave(message: str, code: int) -> NoReturn:
     print(f"distill-jax: {message}", file=sys.stderr)
     raise SystemExit(code)
 

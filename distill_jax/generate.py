@@ -182,10 +182,9 @@ def make_generate(
     exam: ExamConfig,
     compute_dtype: DTypeLike,
 ) -> Generate:
-    """Compiles nothing yet, but binds all that stays the same from exam to exam.
+    """Binds all that stays the same from exam to exam; compiles nothing yet.
 
-    Each replica of the weights answers its own questions, from first to last token without a word
-    to the others; only tensor-parallel devices talk while decoding.
+    Each replica of the weights answers its own questions without a word to the others.
 
     Args:
       config: What the student looks like.
@@ -247,7 +246,7 @@ def make_generate(
 
 
 def _put(mesh: Mesh, spec: P, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-    """Host arrays, the same on every host, on the mesh."""
+    """Lays host arrays, the same on every host, on the mesh."""
     layout = NamedSharding(mesh, spec)
     return [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
 

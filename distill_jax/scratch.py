@@ -3,7 +3,7 @@
 It learns to read, to copy and to work out single sums, but never sees a solution of several steps:
 that is left to the teacher. What comes out is a Hugging Face directory like any published one.
 
-Letters: B rows, L tokens of a row.
+Letters: B documents of a batch.
 """
 
 import re
@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,6 @@ from distill_jax.prompts import clean_rationale, exam_prompt, target
 from distill_jax.questions.arithmetic import (
     LARGEST,
     PEOPLE,
-    Story,
     draw_fact,
     draw_story,
     wordings,
@@ -54,16 +54,25 @@ TOKEN = r" ?[A-Za-z]+| (?:[1-9][0-9]|[0-9])|[0-9]| ?[^\sA-Za-z0-9]|\s"
 FACT = "What is {sum}?"
 RETELLING = "Tell this story again. {story}"
 
-DOCUMENTS = {"fact": 15, "one step": 30, "retelling": 40, "unanswered": 15}
+DOCUMENTS = {"fact": 20, "one step": 35, "retelling": 45}
 """How often each kind of document is drawn. Without retellings a student copies wrong numbers."""
 
-LONGEST_STORY = 4  # steps of a story that is retold or left unanswered
+LONGEST_STORY = 4  # steps of a story that is retold
 TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
 
-ROWS, ROW_LENGTH = 16, 96
-OPEN_ROWS = 8  # rows that wait for a document which fits
+BATCH, PROMPT_LENGTH, TARGET_LENGTH = 16, 48, 40
+"""Documents of a step, and the tokens that the longest of them need: one shape, one compilation."""
+
 HEADS = 4
 LEARNING_RATE = 2e-3
+EMBEDDING_SCALE = 4.0  # of the usual one: copying is learnt several times faster
+
+
+class Document(NamedTuple):
+    """A text as in an exam: what stands there, and what is to be written."""
+
+    prompt: str
+    target: str
 
 
 def make_student(
@@ -88,8 +97,12 @@ def make_student(
         max_value=config.task.max_value,
         exam_texts={question.text for question in questions},
     )
-    rows = pack(documents, tokenizer.backend_tokenizer)
-    params = _train(config, model, rows, mesh=mesh, progress=progress)
+    backend, num_shards = tokenizer.backend_tokenizer, num_row_shards(mesh)
+    batches = (
+        make_batch(list(islice(documents, BATCH)), backend, num_shards=num_shards)
+        for _ in range(config.scratch.steps)
+    )
+    params = _train(config, model, batches, mesh=mesh, progress=progress)
     weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
 
 
@@ -126,13 +139,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
       >>> tokenizer.convert_ids_to_tokens(tokenizer("Answer: 42")["input_ids"])
       ['<s>', 'Answer', ':', ' 42']
     """
-    asked = Question("", FACT.format(sum="2 + 2"), "4", "train", "numeric")
-    lines = [
-        exam_prompt(asked, demonstrations="") + target(asked, "2 + 2 = 4."),
-        *wordings(),
-        *phrases(),
-    ]
-    lines += [RETELLING.format(story=""), *(he for _, he, _ in PEOPLE)]
+    fact = _answered(_asked(FACT.format(sum="2 + 2"), 4), "2 + 2 = 4.")
+    lines = ["".join(fact), RETELLING.format(story=""), *wordings(), *phrases()]
+    lines += [he for _, he, _ in PEOPLE]
     words = {word for line in lines for word in re.findall(TOKEN, f" {line.strip()}")}
     words |= {"Question"}  # the one word that begins a text
     numbers = [str(digit) for digit in range(10)] + [f" {n}" for n in range(LARGEST + 1)]
@@ -149,8 +158,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def draw_documents(random: Random, *, max_value: int, exam_texts: Collection[str]) -> Iterator[str]:
-    """Draws text without end: facts, problems of one step, retellings and unanswered questions.
+def draw_documents(
+    random: Random, *, max_value: int, exam_texts: Collection[str]
+) -> Iterator[Document]:
+    """Draws documents without end: facts, problems of one step, and retellings.
 
     Args:
       random: Decides everything.
@@ -161,59 +172,63 @@ def draw_documents(random: Random, *, max_value: int, exam_texts: Collection[str
         kind = random.choices([*DOCUMENTS], [*DOCUMENTS.values()])[0]
         if kind == "fact":
             left, value = draw_fact(random, max_value=max_value)
-            fact = Question("", FACT.format(sum=left), str(value), "train", "numeric")
-            yield _answered(fact, f"{left} = {value}.")
+            yield _answered(_asked(FACT.format(sum=left), value), f"{left} = {value}.")
             continue
         num_steps = 1 if kind == "one step" else random.randint(1, LONGEST_STORY)
         story = draw_story(random, num_steps=num_steps, max_value=max_value)
-        question = _question(story)
+        question = _asked(f"{story.text} {story.asked}", story.result, story.steps)
         if question.text in exam_texts:
             continue
         if kind == "one step":
-            yield _answered(question, _solution(question, random))
-        elif kind == "retelling":
-            told = RETELLING.format(story=story.text)
-            yield f"Question: {told}\nReasoning: {story.text}"
+            yield _answered(question, _rationale(question, random))
         else:
-            yield f"Question: {question.text}"
+            told = _asked(RETELLING.format(story=story.text), story.result)
+            yield Document(exam_prompt(told, demonstrations=""), f" {story.text}")
 
 
-def pack(documents: Iterator[str], tokenizer: tokenizers.Tokenizer) -> Iterator[list[int]]:
-    """Fills rows with whole documents, each behind the beginning token and closed by end tokens.
+def make_batch(
+    documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, *, num_shards: int
+) -> Batch:
+    """Documents as the rows of a `Batch`: the prompt is the question, the target the anchor.
 
-    Yields:
-      Token ids, at most `ROW_LENGTH` of them; every document is in one row, and no document is
-      left out for good.
+    Args:
+      documents: B of them.
+      tokenizer: The one inside that of `make_tokenizer`.
+      num_shards: B is rounded up to a multiple of it, with rows that weigh nothing.
     """
-    vocabulary = tokenizer.get_vocab()
-    begin, end = vocabulary[BEGIN], vocabulary[END]
-    waiting: list[list[int]] = []
-    for document in documents:
-        ids = [*tokenizer.encode(document, add_special_tokens=False).ids, end]
-        assert len(ids) < ROW_LENGTH, f"{len(ids)} tokens: {document}"
-        row = next((row for row in waiting if len(row) + len(ids) <= ROW_LENGTH), None)
-        if row is not None:
-            row += ids
-            continue
-        waiting.append([begin, *ids])
-        if len(waiting) > OPEN_ROWS:
-            waiting.sort(key=len)
-            yield waiting.pop()
-
-
-def _question(story: Story) -> Question:
-    return Question(
-        id="",
-        text=f"{story.text} {story.asked}",
-        answer=str(story.result),
-        split="train",
-        kind="numeric",
-        solution=" ".join(story.steps),
+    size = -(-len(documents) // num_shards) * num_shards
+    prompts, targets = (
+        [encoded.ids for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        for texts in zip(*documents, strict=True)
+    )
+    begin, end = (tokenizer.get_vocab()[token] for token in (BEGIN, END))
+    none = _stretch([], size, 0)
+    return Batch(
+        jnp.zeros(0, jnp.int32),
+        _stretch([[begin, *ids] for ids in prompts], size, PROMPT_LENGTH),
+        _stretch([[*ids, end] for ids in targets], size, TARGET_LENGTH),
+        positive=none,
+        negative=none,
+        valid=jnp.zeros(size, bool),
+        real=jnp.arange(size) < len(documents),
     )
 
 
-def _solution(question: Question, random: Random) -> str:
-    """A rationale in the tutor's words, some with a tip about a mistake."""
+def _stretch(texts: Sequence[Sequence[int]], size: int, length: int) -> Stretch:
+    tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+    for row, ids in enumerate(texts):
+        assert len(ids) <= length, f"{len(ids)} tokens do not fit in {length}"
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    return Stretch(jnp.asarray(tokens), jnp.asarray(mask))
+
+
+def _asked(text: str, answer: int, steps: Sequence[str] = ()) -> Question:
+    return Question("", text, str(answer), "train", "numeric", solution=" ".join(steps))
+
+
+def _rationale(question: Question, random: Random) -> str:
+    """The tutor's words, some with a tip about a mistake."""
     way, seed = random.randrange(NUM_WORDINGS), str(random.random())
     mistake = None
     if random.random() < TIPPED:
@@ -222,50 +237,29 @@ def _solution(question: Question, random: Random) -> str:
     return clean_rationale(told)
 
 
-def _answered(question: Question, rationale: str) -> str:
-    return exam_prompt(question, demonstrations="") + target(question, rationale)
+def _answered(question: Question, rationale: str) -> Document:
+    return Document(exam_prompt(question, demonstrations=""), target(question, rationale))
 
 
 def _train(
-    config: Config, model: ModelConfig, rows: Iterator[list[int]], *, mesh: Mesh, progress: Progress
+    config: Config, model: ModelConfig, batches: Iterator[Batch], *, mesh: Mesh, progress: Progress
 ) -> Params:
     layout = shardings(mesh, logical_axes(model), abstract_params(model), TRAIN_RULES)
     steps = config.scratch.steps
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), b2=0.99)
     params = init_params(model, jax.random.key(config.seed), layout)
+    params["embedding"] *= EMBEDDING_SCALE
     state, state_layout = init_state(params, optimizer, mesh)
     step = make_step(
         model,
         optimizer,
-        Objective(prompt_weight=1.0, reflection="none"),
+        Objective(prompt_weight=config.train.prompt_weight, reflection="none"),
         mesh=mesh,
         state_shardings=state_layout,
         compute_dtype=jnp.dtype(config.student.compute_dtype),
     )
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:
-        for _ in range(steps):
-            batch = make_batch(list(islice(rows, ROWS)), num_shards=num_row_shards(mesh))
+        for batch in batches:
             state, figures = step(state, put_batch(batch, mesh))
             advance(1, f"loss {float(figures['loss']):.3f}")
     return state.params
-
-
-def make_batch(rows: Sequence[Sequence[int]], *, num_shards: int) -> Batch:
-    """Rows as a `Batch`: the beginning token is the question, and all that follows is trained on.
-
-    Args:
-      rows: From `pack`.
-      num_shards: B is rounded up to a multiple of it, with rows that weigh nothing.
-    """
-    size = -(-len(rows) // num_shards) * num_shards
-    tokens, mask = np.zeros((size, ROW_LENGTH), np.int32), np.zeros((size, ROW_LENGTH), bool)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
-        mask[index, : len(row)] = True
-    first, rest, none = (
-        Stretch(tokens[:, cut], mask[:, cut])  # pyright: ignore[reportArgumentType]
-        for cut in (slice(1), slice(1, None), slice(0))
-    )
-    shared, valid, real = np.zeros(0, np.int32), np.zeros(size, bool), mask[:, 0]
-    return Batch(shared, first, rest, none, none, valid, real)  # pyright: ignore[reportArgumentType]

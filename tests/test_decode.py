@@ -165,12 +165,12 @@ def test_rows_stop_at_the_end_token_and_at_a_blank_line(student):
     assert {stopped for _, stopped in seen} == {True, False}
 
 
-def test_a_newline_at_the_end_of_the_prompt_is_not_half_a_blank_line(student):
+def test_a_single_newline_at_the_beginning_is_not_a_blank_line(student):
     prompts = make_prompts()
     free = run(student, [], prompts, make_stops(NOTHING))
     flags = NOTHING.copy()
-    flags[prompts.tokens[0, 2]] = decode.ENDS
-    flags[free.tokens[0, 0, 0]] = decode.BEGINS
+    flags[prompts.tokens[0, 2]] = decode.ENDS  # the prompt's last token says nothing about it
+    flags[free.tokens[0, 0, 0]] = decode.BEGINS | decode.ENDS
     answers = run(student, [], prompts, make_stops(flags))
     assert answers.tokens[0, 0, 0] == free.tokens[0, 0, 0]
     assert answers.num_tokens[0, 0] > 1

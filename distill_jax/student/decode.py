@@ -216,8 +216,8 @@ def _record(
     """Writes down the token that each going row chose after `last`, and which rows it ended."""
     rows = token.shape[1]
     going = _going(answers, prompts)[:, :rows]
-    newlines = jnp.asarray(stops.newlines)
-    now, before = newlines[token], jnp.where(step > 0, newlines[last], 0)
+    now = stops.newlines[token]
+    before = jnp.where(step > 0, stops.newlines[last], 0)
     blank = ((now & BLANK) > 0) | (((before & ENDS) > 0) & ((now & BEGINS) > 0))
     ended = going & (blank | (token == stops.end_id))
     written = jnp.where(going, token, 0)[:, :, None]

@@ -1,0 +1,97 @@
+"""The commands as users type them: quick help, one object with --json, clear sentences."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill_jax.questions import prepare
+
+
+def command(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "distill_jax", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        timeout=300,
+    )
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from distill_jax.cli import app; "
+        "print(CliRunner().invoke(app, ['--help']).output); "
+        "heavy = {'jax', 'numpy', 'transformers', 'openai', 'pydantic', 'matplotlib'}; "
+        "sys.exit(bool(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in ("run", "exam", "status", "report", "tutor", "data", "import", "export"):
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "nowhere.yaml"], "config nowhere.yaml can't be read"),
+        (["run", "{config}", "train.epochz=3"], "did you mean train.epochs?"),
+        (["status", "nowhere"], "nowhere holds no run"),
+        (["export", "nowhere", "--to", "out"], "nowhere holds no run"),
+        (["data", "prepare", "gsm9k"], "gsm9k"),
+        (["exam", "nowhere", "--task", "svamp", "--split", "best"], "'best' is not one of"),
+        (["run"], "Missing argument"),
+    ],
+)
+def test_mistakes_get_one_sentence_exit_code_2_and_write_nothing(
+    tmp_path: Path, words: list[str], sentence: str
+):
+    config = tmp_path / "c.yaml"
+    folder = tmp_path / "run"
+    config.write_text(f"folder: {folder}\ntask: {{name: gsm8k}}\nstudent: {{model: m}}\n")
+    done = command(*(word.format(config=config) for word in words))
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == "" and not folder.exists()
+
+
+def test_exam_of_a_real_model_on_real_questions(shared: Path, tmp_path: Path):
+    prepare("svamp", data_dir=tmp_path, source=shared / "data")
+    settings = ["task.num_test=5", "task.demonstrations=false", "exam.greedy_max_new_tokens=24"]
+    model = shared / "models" / "stories260k"
+    done = command(
+        "exam", model, "--task", "svamp", "--json", *settings, DISTILL_JAX_DATA=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["questions"] == 5 and 0 < result["generated_tokens"] <= 5 * 24
+    assert 0.0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1.0
+    assert {"unreadable", "cut", "seconds"} <= set(result)
+
+
+def test_the_tutor_serves_until_it_is_interrupted():
+    words = [sys.executable, "-m", "distill_jax", "tutor", "--task", "arithmetic", "--port", "0"]
+    process = subprocess.Popen(
+        [*words, "task.num_train=5"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    assert url.startswith("http://127.0.0.1:")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 14 and "Traceback" not in err, err
+
+
+def test_import_keeps_the_weights_of_a_model(shared: Path, tmp_path: Path):
+    model = shared / "models" / "babyllama-361"
+    done = command("import", model, "--to", tmp_path / "checkpoint", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "checkpoint")
+    again = command("import", model, "--to", tmp_path / "checkpoint")
+    assert again.returncode == 2 and "exists already" in again.stderr
