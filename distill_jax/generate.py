@@ -142,10 +142,8 @@ class Generate:
             yield ordered[start : start + self.batch_questions]
 
     def _shared(self, params: Params, tokens: list[int]) -> tuple[Segment, ...]:
-        if not tokens:
-            return ()
         arrays = _pad([tokens], _bucket(len(tokens)))
-        return (self.prefill(params, *_put(self.mesh, P(), arrays)),)
+        return (self.prefill(params, *_put(self.mesh, P(), arrays)),) if tokens else ()
 
     def _arrays(self, batch: Sequence[_Asked], common: int, keys: np.ndarray) -> Prompts:
         """The batch padded to its full number of questions by copies that generate nothing."""

@@ -8,7 +8,7 @@ Letters: B documents of a batch.
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -54,18 +54,26 @@ TOKEN = r" ?[A-Za-z]+| (?:[1-9][0-9]|[0-9])|[0-9]| ?[^\sA-Za-z0-9]|\s"
 FACT = "What is {sum}?"
 RETELLING = "Tell this story again. {story}"
 
-DOCUMENTS = {"fact": 20, "one step": 35, "retelling": 45}
-"""How often each kind of document is drawn. Without retellings a student copies wrong numbers."""
-
+ONE_STEP = 0.4  # share of problems of one step among stories; the others are retold
 LONGEST_STORY = 4  # steps of a story that is retold
 TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
-
-BATCH, PROMPT_LENGTH, TARGET_LENGTH = 16, 48, 40
-"""Documents of a step, and the tokens that the longest of them need: one shape, one compilation."""
 
 HEADS = 4
 LEARNING_RATE = 2e-3
 EMBEDDING_SCALE = 4.0  # of the usual one: copying is learnt several times faster
+
+
+class Shape(NamedTuple):
+    """What fits into a batch: documents, and the tokens of the longest prompt and target."""
+
+    size: int
+    prompt_length: int
+    target_length: int
+
+
+FACTS, STORIES = Shape(64, 12, 11), Shape(16, 48, 40)
+ORDER = (FACTS, STORIES, STORIES)
+"""What the steps are about, over and over."""
 
 
 class Document(NamedTuple):
@@ -92,15 +100,19 @@ def make_student(
     """
     tokenizer = make_tokenizer()
     model = make_model(config.scratch.width, config.scratch.layers, len(tokenizer))
-    documents = draw_documents(
-        Random(f"scratch text {config.seed}"),
-        max_value=config.task.max_value,
-        exam_texts={question.text for question in questions},
-    )
-    backend, num_shards = tokenizer.backend_tokenizer, num_row_shards(mesh)
+    random = Random(f"scratch text {config.seed}")
+    streams = {
+        FACTS: draw_facts(random, max_value=config.task.max_value),
+        STORIES: draw_stories(
+            random,
+            max_value=config.task.max_value,
+            exam_texts={question.text for question in questions},
+        ),
+    }
+    num_shards = num_row_shards(mesh)
     batches = (
-        make_batch(list(islice(documents, BATCH)), backend, num_shards=num_shards)
-        for _ in range(config.scratch.steps)
+        make_batch(streams[shape], shape, tokenizer.backend_tokenizer, num_shards=num_shards)
+        for shape in islice(cycle(ORDER), config.scratch.steps)
     )
     params = _train(config, model, batches, mesh=mesh, progress=progress)
     weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
@@ -158,10 +170,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def draw_documents(
+def draw_facts(random: Random, *, max_value: int) -> Iterator[Document]:
+    """Draws single sums without end."""
+    while True:
+        left, value = draw_fact(random, max_value=max_value)
+        yield _answered(_asked(FACT.format(sum=left), value), f"{left} = {value}.")
+
+
+def draw_stories(
     random: Random, *, max_value: int, exam_texts: Collection[str]
 ) -> Iterator[Document]:
-    """Draws documents without end: facts, problems of one step, and retellings.
+    """Draws stories without end: problems of one step with their solution, and retellings.
+
+    Without retellings, word for word, a student goes on copying wrong numbers for ever.
 
     Args:
       random: Decides everything.
@@ -169,17 +190,13 @@ def draw_documents(
       exam_texts: Texts of questions that must not occur, neither asked nor retold.
     """
     while True:
-        kind = random.choices([*DOCUMENTS], [*DOCUMENTS.values()])[0]
-        if kind == "fact":
-            left, value = draw_fact(random, max_value=max_value)
-            yield _answered(_asked(FACT.format(sum=left), value), f"{left} = {value}.")
-            continue
-        num_steps = 1 if kind == "one step" else random.randint(1, LONGEST_STORY)
+        solved = random.random() < ONE_STEP
+        num_steps = 1 if solved else random.randint(1, LONGEST_STORY)
         story = draw_story(random, num_steps=num_steps, max_value=max_value)
         question = _asked(f"{story.text} {story.asked}", story.result, story.steps)
         if question.text in exam_texts:
             continue
-        if kind == "one step":
+        if solved:
             yield _answered(question, _rationale(question, random))
         else:
             told = _asked(RETELLING.format(story=story.text), story.result)
@@ -187,30 +204,36 @@ def draw_documents(
 
 
 def make_batch(
-    documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, *, num_shards: int
+    documents: Iterator[Document],
+    shape: Shape,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    num_shards: int,
 ) -> Batch:
-    """Documents as the rows of a `Batch`: the prompt is the question, the target the anchor.
+    """The next documents as rows of a `Batch`: the prompt is the question, the target the anchor.
 
     Args:
-      documents: B of them.
+      documents: As many as the shape says are taken from it.
+      shape: What must fit.
       tokenizer: The one inside that of `make_tokenizer`.
-      num_shards: B is rounded up to a multiple of it, with rows that weigh nothing.
+      num_shards: The rows are rounded up to a multiple of it; those added weigh nothing.
     """
-    size = -(-len(documents) // num_shards) * num_shards
+    taken = list(islice(documents, shape.size))
+    size = -(-len(taken) // num_shards) * num_shards
     prompts, targets = (
         [encoded.ids for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
-        for texts in zip(*documents, strict=True)
+        for texts in zip(*taken, strict=True)
     )
     begin, end = (tokenizer.get_vocab()[token] for token in (BEGIN, END))
     none = _stretch([], size, 0)
     return Batch(
         jnp.zeros(0, jnp.int32),
-        _stretch([[begin, *ids] for ids in prompts], size, PROMPT_LENGTH),
-        _stretch([[*ids, end] for ids in targets], size, TARGET_LENGTH),
+        _stretch([[begin, *ids] for ids in prompts], size, shape.prompt_length),
+        _stretch([[*ids, end] for ids in targets], size, shape.target_length),
         positive=none,
         negative=none,
         valid=jnp.zeros(size, bool),
-        real=jnp.arange(size) < len(documents),
+        real=jnp.arange(size) < len(taken),
     )
 
 

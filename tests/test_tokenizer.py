@@ -78,6 +78,15 @@ def test_tokens_across_the_boundary_leave_the_prompt_alone(tokenizer, prompt, ta
     assert max(ids) < tokenizer.num_tokens
 
 
+def test_a_word_cut_by_the_boundary_gains_no_space(shared):
+    """Split on its own, "e cat" would begin with the mark of a new word."""
+    pieces = load_tokenizer(str(shared / "models/stories260k"))
+    joint = pieces.encode_prompt("The cat")
+    prompt, ids = pieces.encode_prompt("Th"), pieces.encode_target("Th", "e cat")
+    assert joint[: len(prompt)] != prompt
+    assert pieces.decode(ids) == "e cat"
+
+
 def test_newlines_are_those_of_the_decoded_tokens(tokenizer):
     newlines = tokenizer.newlines
     assert newlines.dtype == np.uint8

@@ -92,8 +92,15 @@ def test_real_models_go_in_and_out_exactly(shared, tmp_path, name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_device_reads_its_own_part(name, tmp_path):
-    make_published(tmp_path, VARIANTS[name])
+    published = make_published(tmp_path, VARIANTS[name]).state_dict()
     config, expected = read(tmp_path)
+    first_norm = "transformer.h.0.ln_1.weight", "model.layers.0.input_layernorm.weight"
+    scale = next(published[key] for key in first_norm if key in published)
+    np.testing.assert_array_equal(expected["blocks"]["attention_norm"]["scale"][0], scale)
+    if "gpt2" in name:  # three weights share this array
+        fused = published["transformer.h.2.attn.c_attn.weight"].numpy()
+        parts = [expected["blocks"]["attention"][key][2] for key in ("query", "key", "value")]
+        np.testing.assert_array_equal(np.stack(parts, 1).reshape(fused.shape), fused)
     for sizes, rules in (
         ((2, 2, 2), TRAIN_RULES),
         ((1, 1, 8), EXAM_RULES),
