@@ -11,14 +11,15 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import tokenizers
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +30,7 @@ from distill_jax.prompts import clean_rationale, exam_prompt, target
 from distill_jax.questions.arithmetic import (
     LARGEST,
     PEOPLE,
-    draw_fact,
+    Story,
     draw_story,
     wordings,
 )
@@ -41,8 +42,7 @@ from distill_jax.student.model import (
     init_params,
     logical_axes,
 )
-from distill_jax.student.sharding import TRAIN_RULES, shardings
-from distill_jax.student.step import init_state, make_step, num_row_shards, put_batch
+from distill_jax.student.step import TrainState, make_step, num_row_shards, put_batch
 from distill_jax.student.tree import Batch, Objective, Stretch
 from distill_jax.teacher.explanation import NUM_WORDINGS, explain, phrases
 from distill_jax.tokenizer import Tokenizer
@@ -51,29 +51,28 @@ UNKNOWN, BEGIN, END = "<unk>", "<s>", "</s>"
 TOKEN = r" ?[A-Za-z]+| (?:[1-9][0-9]|[0-9])|[0-9]| ?[^\sA-Za-z0-9]|\s"
 """A word, a number up to `LARGEST` or a sign, each with the space before it, or white space."""
 
-FACT = "What is {sum}?"
 RETELLING = "Tell this story again. {story}"
 
-ONE_STEP = 0.4  # share of problems of one step among stories; the others are retold
-LONGEST_STORY = 4  # steps of a story that is retold
+ONE_STEP = 0.4  # share of stories that are asked and solved; the others are retold
+LONGEST_STORY = 4  # steps of a story that is retold, or that a sum is taken from
 TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
 
 HEADS = 4
-LEARNING_RATE = 2e-3
+MATRIX_RATE, OTHER_RATE = 6e-3, 2e-3
+PROMPT_WEIGHT = 0.1  # what is asked can't be foreseen; the noise of trying slows copying down
 EMBEDDING_SCALE = 4.0  # of the usual one: copying is learnt several times faster
 
 
 class Shape(NamedTuple):
-    """What fits into a batch: documents, and the tokens of the longest prompt and target."""
+    """A batch: how many documents, and the tokens of the longest prompt and target."""
 
     size: int
     prompt_length: int
     target_length: int
 
 
-FACTS, STORIES = Shape(64, 12, 11), Shape(16, 48, 40)
-ORDER = (FACTS, STORIES, STORIES)
-"""What the steps are about, over and over."""
+CARDS, STORIES = Shape(128, 5, 2), Shape(16, 48, 40)
+"""Steps take a batch of either in turn. Two shapes, so two compilations."""
 
 
 class Document(NamedTuple):
@@ -100,19 +99,16 @@ def make_student(
     """
     tokenizer = make_tokenizer()
     model = make_model(config.scratch.width, config.scratch.layers, len(tokenizer))
-    random = Random(f"scratch text {config.seed}")
-    streams = {
-        FACTS: draw_facts(random, max_value=config.task.max_value),
-        STORIES: draw_stories(
-            random,
-            max_value=config.task.max_value,
-            exam_texts={question.text for question in questions},
-        ),
+    random, max_value = Random(f"scratch text {config.seed}"), config.task.max_value
+    exam_texts = {question.text for question in questions}
+    documents = {
+        CARDS: draw_cards(random, max_value=max_value),
+        STORIES: draw_stories(random, max_value=max_value, exam_texts=exam_texts),
     }
-    num_shards = num_row_shards(mesh)
+    backend, num_shards = tokenizer.backend_tokenizer, num_row_shards(mesh)
     batches = (
-        make_batch(streams[shape], shape, tokenizer.backend_tokenizer, num_shards=num_shards)
-        for shape in islice(cycle(ORDER), config.scratch.steps)
+        make_batch(documents[shape], shape, backend, num_shards=num_shards)
+        for shape in islice(cycle(documents), config.scratch.steps)
     )
     params = _train(config, model, batches, mesh=mesh, progress=progress)
     weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
@@ -151,8 +147,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
       >>> tokenizer.convert_ids_to_tokens(tokenizer("Answer: 42")["input_ids"])
       ['<s>', 'Answer', ':', ' 42']
     """
-    fact = _answered(_asked(FACT.format(sum="2 + 2"), 4), "2 + 2 = 4.")
-    lines = ["".join(fact), RETELLING.format(story=""), *wordings(), *phrases()]
+    asked = _document(RETELLING.format(story=""), "\nAnswer: 2")
+    lines = ["".join(asked), *wordings(), *phrases()]
     lines += [he for _, he, _ in PEOPLE]
     words = {word for line in lines for word in re.findall(TOKEN, f" {line.strip()}")}
     words |= {"Question"}  # the one word that begins a text
@@ -170,11 +166,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def draw_facts(random: Random, *, max_value: int) -> Iterator[Document]:
-    """Draws single sums without end."""
+def draw_cards(random: Random, *, max_value: int) -> Iterator[Document]:
+    """Draws flash cards without end: a sum that solutions may hold, and its result."""
     while True:
-        left, value = draw_fact(random, max_value=max_value)
-        yield _answered(_asked(FACT.format(sum=left), value), f"{left} = {value}.")
+        story = draw_story(random, num_steps=LONGEST_STORY, max_value=max_value)
+        for equation in story.sums:
+            left, result = equation.split(" =")
+            yield Document(f" {left} =", result)
 
 
 def draw_stories(
@@ -193,14 +191,12 @@ def draw_stories(
         solved = random.random() < ONE_STEP
         num_steps = 1 if solved else random.randint(1, LONGEST_STORY)
         story = draw_story(random, num_steps=num_steps, max_value=max_value)
-        question = _asked(f"{story.text} {story.asked}", story.result, story.steps)
-        if question.text in exam_texts:
+        if story.question in exam_texts:
             continue
         if solved:
-            yield _answered(question, _rationale(question, random))
+            yield _document(story.question, _solution(story, random))
         else:
-            told = _asked(RETELLING.format(story=story.text), story.result)
-            yield Document(exam_prompt(told, demonstrations=""), f" {story.text}")
+            yield _document(RETELLING.format(story=story.text), f" {story.text}")
 
 
 def make_batch(
@@ -214,7 +210,7 @@ def make_batch(
 
     Args:
       documents: As many as the shape says are taken from it.
-      shape: What must fit.
+      shape: What they must fit.
       tokenizer: The one inside that of `make_tokenizer`.
       num_shards: The rows are rounded up to a multiple of it; those added weigh nothing.
     """
@@ -246,43 +242,72 @@ def _stretch(texts: Sequence[Sequence[int]], size: int, length: int) -> Stretch:
     return Stretch(jnp.asarray(tokens), jnp.asarray(mask))
 
 
-def _asked(text: str, answer: int, steps: Sequence[str] = ()) -> Question:
-    return Question("", text, str(answer), "train", "numeric", solution=" ".join(steps))
+def _document(asked: str, target: str) -> Document:
+    question = Question("", asked, "", "train", "numeric")
+    return Document(exam_prompt(question, demonstrations=""), target)
 
 
-def _rationale(question: Question, random: Random) -> str:
-    """The tutor's words, some with a tip about a mistake."""
+def _solution(story: Story, random: Random) -> str:
+    """The target for a question, in the tutor's words, some with a tip about a mistake."""
+    question = Question(
+        "", story.question, str(story.result), "train", "numeric", solution=story.solution
+    )
     way, seed = random.randrange(NUM_WORDINGS), str(random.random())
     mistake = None
     if random.random() < TIPPED:
         mistake = explain(question, mistake=None, wrong=True, way=way, seed=seed)
     told = explain(question, mistake=mistake, wrong=False, way=way, seed=seed)
-    return clean_rationale(told)
-
-
-def _answered(question: Question, rationale: str) -> Document:
-    return Document(exam_prompt(question, demonstrations=""), target(question, rationale))
+    return target(question, clean_rationale(told))
 
 
 def _train(
     config: Config, model: ModelConfig, batches: Iterator[Batch], *, mesh: Mesh, progress: Progress
 ) -> Params:
-    layout = shardings(mesh, logical_axes(model), abstract_params(model), TRAIN_RULES)
-    steps = config.scratch.steps
-    optimizer = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, steps), b2=0.99)
-    params = init_params(model, jax.random.key(config.seed), layout)
+    """The weights, whole on every device: the student is too small to be spread."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    whole = jax.tree.map(lambda _: everywhere, abstract_params(model))
+    params = init_params(model, jax.random.key(config.seed), whole)
     params["embedding"] *= EMBEDDING_SCALE
-    state, state_layout = init_state(params, optimizer, mesh)
+    optimizer = make_optimizer(model, config.scratch.steps)
+    opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
+    state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
     step = make_step(
         model,
         optimizer,
-        Objective(prompt_weight=config.train.prompt_weight, reflection="none"),
+        Objective(prompt_weight=PROMPT_WEIGHT, reflection="none"),
         mesh=mesh,
-        state_shardings=state_layout,
+        state_shardings=jax.tree.map(lambda x: x.sharding, state),
         compute_dtype=jnp.dtype(config.student.compute_dtype),
     )
+    steps = config.scratch.steps
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:
         for batch in batches:
             state, figures = step(state, put_batch(batch, mesh))
             advance(1, f"loss {float(figures['loss']):.3f}")
     return state.params
+
+
+def make_optimizer(model: ModelConfig, steps: int) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, Adam for the rest, both with a cosine down to 0.
+
+    Source: Jordan et al., "Muon" (2024). With it sums are learnt from a fifth of the examples.
+    """
+
+    def sides(axes: tuple[str, ...]) -> MuonDimensionNumbers | None:
+        """Which dims of a weight go in and which come out; None for what is no matrix."""
+        if axes[0] != "layers" or "embed" not in axes:
+            return None
+        embed = axes.index("embed")
+        others = tuple(dim for dim in range(1, len(axes)) if dim != embed)
+        return MuonDimensionNumbers(*(((embed,), others) if embed == 1 else (others, (embed,))))
+
+    def numbers(_: Params) -> Any:
+        return jax.tree.map(sides, logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+
+    return optax.contrib.muon(
+        optax.cosine_decay_schedule(MATRIX_RATE, steps),
+        muon_weight_dimension_numbers=numbers,
+        adam_learning_rate=optax.cosine_decay_schedule(OTHER_RATE, steps),
+        adam_b2=0.99,
+        consistent_rms=0.2,  # updates as large as Adam's
+    )

@@ -121,7 +121,7 @@ def test_token_by_token_equals_the_whole(name):
         np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=TOLERANCE)
         past = (*past, own)
     np.testing.assert_allclose(
-        np.concatenate([own.keys for own in past], axis=2), segment.keys, atol=TOLERANCE
+        np.concatenate([own.keys for own in past], axis=3), segment.keys, atol=TOLERANCE
     )
 
 

@@ -32,6 +32,7 @@ from distill_jax.student.tree import Batch, Objective, Stretch
 from distill_jax.tokenizer import Tokenizer
 
 torch = pytest.importorskip("torch", reason="the reference is the original's step in PyTorch")
+torch.set_num_threads(1)  # two would spin, waiting for each other, on models this small
 transformers = pytest.importorskip("transformers")
 original_step = pytest.importorskip("original_step")
 

@@ -46,7 +46,7 @@ class Story(NamedTuple):
     name: str
     item: str
     sentences: tuple[str, ...]  # one for the start, one per event
-    steps: tuple[str, ...]  # one sentence per sum: what happens, and the equation
+    sums: tuple[str, ...]  # equations that the last sentences lead to, one each
     result: int
 
     @property
@@ -55,9 +55,15 @@ class Story(NamedTuple):
         return " ".join(self.sentences)
 
     @property
-    def asked(self) -> str:
-        """The sentence that turns the story into a question."""
-        return f"How many {self.item}s does {self.name} have now?"
+    def question(self) -> str:
+        """The story with its question."""
+        return f"{self.text} How many {self.item}s does {self.name} have now?"
+
+    @property
+    def solution(self) -> str:
+        """One sentence per sum: what happens, and the equation."""
+        steps = zip(self.sentences[-len(self.sums) :], self.sums, strict=True)
+        return " ".join(_explained(sentence, equation) for sentence, equation in steps)
 
 
 def make_questions(
@@ -132,34 +138,19 @@ def draw_story(random: Random, *, num_steps: int, max_value: int) -> Story:
         a, b = random.choice(_factors(max_value))
         value = a * b
         sentences = [_grouped(name, a, random.choice(CONTAINERS), b, item)]
-        steps = [_step(sentences[0], a, "*", b, value)]
+        sums = [f"{a} * {b} = {value}"]
     else:
         value = random.randint(1, min(max_value, LARGEST))
-        sentences, steps = [f"{name} has {_some(value, item)}."], []
-    while len(steps) < num_steps:
+        sentences, sums = [f"{name} has {_some(value, item)}."], []
+    while len(sums) < num_steps:
         sign, template = random.choice([event for event in EVENTS if _room(event[0], value)])
         number = random.randint(1, min(max_value, _room(sign, value)))
         result = value + number if sign == "+" else value - number
         some = _some(number, item)
         sentences.append(template.format(He=he.capitalize(), him=him, some=some))
-        steps.append(_step(sentences[-1], value, sign, number, result))
+        sums.append(f"{value} {sign} {number} = {result}")
         value = result
-    return Story(name, item, tuple(sentences), tuple(steps), value)
-
-
-def draw_fact(random: Random, *, max_value: int) -> tuple[str, int]:
-    """Draws a sum as it may occur in a solution.
-
-    Returns:
-      The left side of the equation, such as `"12 - 9"`, and its value.
-    """
-    sign = random.choice("+-*")
-    if sign == "*":
-        a, b = random.choice(_factors(max_value))
-        return f"{a} * {b}", a * b
-    left = random.choice([value for value in range(1, LARGEST + 1) if _room(sign, value)])
-    right = random.randint(1, min(max_value, _room(sign, left)))
-    return f"{left} {sign} {right}", left + right if sign == "+" else left - right
+    return Story(name, item, tuple(sentences), tuple(sums), value)
 
 
 def wordings() -> Iterator[str]:
@@ -175,8 +166,8 @@ def wordings() -> Iterator[str]:
         happens += [_grouped(name, number, container, number, item) for container in CONTAINERS]
         happens += [text.format(He=he.capitalize(), him=him, some=some) for _, text in EVENTS]
         yield from happens
-        yield from (_step(text, number, sign, number, number) for text in happens for sign in "+-*")
-        yield Story(name, item, (), (), number).asked
+        yield from (_explained(text, f"2 {sign} 2 = 2") for text in happens for sign in "+-*")
+        yield Story(name, item, (), (), number).question
 
 
 def _one_event_more(onward: Sequence[int], max_value: int) -> list[int]:
@@ -196,12 +187,12 @@ def _draw_unseen(random: Random, seen: set[str], *, num_steps: int, max_value: i
 def _question(story: Story, *, id: str, split: Split) -> Question:
     return Question(
         id=id,
-        text=f"{story.text} {story.asked}",
+        text=story.question,
         answer=str(story.result),
         split=split,
         kind="numeric",
-        solution=" ".join(story.steps),
-        group=_steps(len(story.steps)),
+        solution=story.solution,
+        group=_steps(len(story.sums)),
     )
 
 
@@ -219,8 +210,8 @@ def _grouped(name: str, groups: int, container: str, each: int, item: str) -> st
     return f"{name} has {groups} {container} with {each} {item}s each."
 
 
-def _step(happens: str, left: int, sign: str, right: int, result: int) -> str:
-    return f"{happens[:-1]}: {left} {sign} {right} = {result}."
+def _explained(sentence: str, equation: str) -> str:
+    return f"{sentence[:-1]}: {equation}."
 
 
 def _some(number: int, item: str) -> str:

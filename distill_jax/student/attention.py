@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 class Stretch(NamedTuple):
     """What one layer sees of a segment, or of the rows' own tokens."""
 
-    keys: Float[Array, "G T K H"]
-    values: Float[Array, "G T K H"]
+    keys: Float[Array, "G K T H"]
+    values: Float[Array, "G K T H"]
     visible: Bool[Array, "G L T"]  # L is 1 where all tokens of a group see the same
 
 
@@ -53,7 +53,7 @@ def attend(
     [B, L, K, R, ...]. A token that sees nothing gets zeros.
     """
     rows, length, heads, head_dim = query.shape
-    kv_heads = stretches[0].keys.shape[2]
+    kv_heads = stretches[0].keys.shape[1]
     shape = (rows, length, kv_heads, heads // kv_heads)
     query = (query * head_dim**-0.5).reshape(*shape, head_dim)
     groups = [stretch.keys.shape[0] for stretch in stretches]
@@ -99,6 +99,5 @@ def _by_row(x: Array, groups: int, shape: tuple[int, int, int, int]) -> Array:
     return jnp.moveaxis(x, 1, 3).reshape(*shape, *x.shape[5:])
 
 
-def _by_head(x: Float[Array, "G T K H"]) -> Float[Array, "GK T H"]:
-    x = x.swapaxes(1, 2)
+def _by_head(x: Float[Array, "G K T H"]) -> Float[Array, "GK T H"]:
     return x.reshape(-1, *x.shape[2:])

@@ -61,7 +61,7 @@ class _State(NamedTuple):
     answers: Answers
     token: Int[Array, "Q r"]  # the last one chosen, not fed yet
     step: Int[Array, ""]  # tokens chosen so far by every row that is still going
-    cache: tuple[Float[Array, "N B T K H"], Float[Array, "N B T K H"]]  # keys, values
+    cache: tuple[Float[Array, "N B K T H"], Float[Array, "N B K T H"]]  # keys, values
 
 
 def plan_stages(*, greedy: int, sampled: int, samples: int, first: int = 32) -> tuple[Stage, ...]:
@@ -130,8 +130,8 @@ def answer(
     rows = prompts.limits.shape[1]
     token = choose(jnp.repeat(last_state(hidden, prompts.mask)[:, None], rows, axis=1), step)
     answers = _record(_blank(prompts, stages), token, token, step, prompts, stops)
-    layers, _, _, *head = question.keys.shape
-    empty = jnp.zeros((layers, token.size, 0, *head), question.keys.dtype)
+    layers, _, heads, _, size = question.keys.shape
+    empty = jnp.zeros((layers, token.size, heads, 0, size), question.keys.dtype)
     state = _State(answers, token, step + 1, (empty, empty))
 
     place = partial(_places, config)
@@ -154,7 +154,7 @@ def _advance(
 ) -> _State:
     """Feeds every row its last token and chooses the next one."""
     count, fed = state.token.size, state.step - 1
-    rows, columns = state.token.shape[1], state.cache[0].shape[2]
+    rows, columns = state.token.shape[1], state.cache[0].shape[3]
     origin = jnp.repeat(begin, rows)
     written = jnp.broadcast_to(jnp.arange(columns) < fed, (count, columns))
     hidden, own = run(
@@ -165,7 +165,7 @@ def _advance(
     )
     token = choose(hidden.reshape(-1, rows, hidden.shape[-1]), state.step)
     answers = _record(state.answers, state.token, token, state.step, prompts, stops)
-    column = (0, 0, fed, 0, 0)
+    column = (0, 0, 0, fed, 0)
     keys = jax.lax.dynamic_update_slice(state.cache[0], own.keys, column)
     values = jax.lax.dynamic_update_slice(state.cache[1], own.values, column)
     return _State(answers, token, state.step + 1, (keys, values))
@@ -195,11 +195,11 @@ def _resize(state: _State, stage: Stage) -> _State:
     """The state with the rows and the cache of `stage`."""
     questions, rows = state.token.shape
 
-    def fit(cache: Float[Array, "N B T K H"]) -> Float[Array, "N b t K H"]:
-        layers, _, columns, *head = cache.shape
-        kept = cache.reshape(layers, questions, rows, columns, *head)[:, :, : stage.rows]
-        flat = kept.reshape(layers, questions * stage.rows, columns, *head)
-        return jnp.pad(flat, ((0, 0), (0, 0), (0, stage.tokens - columns), (0, 0), (0, 0)))
+    def fit(cache: Float[Array, "N B K T H"]) -> Float[Array, "N b K t H"]:
+        layers, _, heads, columns, size = cache.shape
+        kept = cache.reshape(layers, questions, rows, heads, columns, size)[:, :, : stage.rows]
+        flat = kept.reshape(layers, questions * stage.rows, heads, columns, size)
+        return jnp.pad(flat, ((0, 0), (0, 0), (0, 0), (0, stage.tokens - columns), (0, 0)))
 
     keys, values = map(fit, state.cache)
     return state._replace(token=state.token[:, : stage.rows], cache=(keys, values))

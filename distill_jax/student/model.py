@@ -100,8 +100,8 @@ class Segment(NamedTuple):
       mask: True where a real token stands.
     """
 
-    keys: Float[Array, "N G T K H"]
-    values: Float[Array, "N G T K H"]
+    keys: Float[Array, "N G K T H"]
+    values: Float[Array, "N G K T H"]
     positions: Int[Array, "G T"]
     mask: Bool[Array, "G T"]
 
@@ -172,10 +172,11 @@ class Attention(nnx.Module):
         turns: Turns | None,
         visible: Bool[Array, "B L L"],
         past: Sequence[Stretch],
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L K H"], Float[Array, "B L K H"]]:
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B K L H"], Float[Array, "B K L H"]]:
         query = rotate(_multiply(x, self.query, self.query_bias), turns)
         key = rotate(_multiply(x, self.key, self.key_bias), turns)
         value = _multiply(x, self.value, self.value_bias)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         mixed = attend(query, [*past, Stretch(key, value, visible)])
         return _multiply(mixed, self.out, self.out_bias, dims=2), key, value
 
