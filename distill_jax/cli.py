@@ -20,6 +20,7 @@ import typer.core
 WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
+
 class Commands(typer.core.TyperGroup):
     """Runs a command, and turns what users can mend into one sentence and an exit code."""
 

@@ -14,7 +14,6 @@ from distill_jax.batches import Rows, make_batches, make_rows, num_steps, plan_e
 from distill_jax.records import Attempt, Question, Rationale
 from distill_jax.tokenizer import Tokenizer
 
-
 DEMO = "Question: what is one and one?\nReasoning: 1 + 1 = 2.\nAnswer: 2\n"
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
-ORDER = """
+PLAN = """
 records config numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions
 prompts tokenizer
-student.sharding student.attention student.model student.losses student.tree student.step student.sampling student.decode
+student.sharding student.attention student.model student.losses student.tree student.step
+student.sampling student.decode
 families.table families.llama families.gpt2 families
 families.layout families.config_json families.arrays weights
 run_folder progress checkpoint generate exam
@@ -22,7 +23,8 @@ batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
 training school rounds exchange cli __main__
-""".split()
+"""
+ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
 PACKAGES_ONLY = {"student", "teacher", "report", ""}  # their __init__ holds a docstring
 

@@ -1,10 +1,10 @@
 """The student made from nothing: its tokenizer, its text, and what is written to disk."""
 
 import re
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,9 +40,13 @@ def questions(number: int = 200, **changes) -> list[Question]:
     return make_questions(num_train=number, **asked)
 
 
-def documents(seed: int = 0, **changes) -> list[str]:
+def stories(seed: int = 0, **changes) -> list[scratch.Document]:
     drawn = {"max_value": 30, "exam_texts": set()} | changes
-    return list(islice(scratch.draw_documents(Random(seed), **drawn), 3000))
+    return list(islice(scratch.draw_stories(Random(seed), **drawn), 3000))
+
+
+def cards(seed: int = 0) -> list[scratch.Document]:
+    return list(islice(scratch.draw_cards(Random(seed), max_value=30), 1000))
 
 
 def tiny() -> Config:
@@ -90,8 +94,8 @@ def test_every_word_of_the_tutor_is_known(feedback: bool, wrong_rate: float):
 
 
 def test_every_document_is_known_and_lossless():
-    for document in documents():
-        assert_known_and_lossless(document)
+    for document in (*stories(), *cards()):
+        assert_known_and_lossless(document.prompt + document.target)
 
 
 @given(st.integers(0, 10**12))
@@ -120,81 +124,95 @@ def test_saved_and_loaded_like_a_published_tokenizer(tmp_path: Path):
     assert list(np.flatnonzero(tokenizer.newlines)) == [newline]
 
 
-def test_documents_come_in_the_stated_parts():
-    def kind(document: str) -> str:
-        if "Tell this story again" in document:
-            return "retelling"
-        if "What is" in document:
-            return "fact"
-        return "one step" if "Answer:" in document else "unanswered"
-
-    found = Counter(map(kind, documents()))
-    for name, share in scratch.DOCUMENTS.items():
-        # three standard deviations of a share of 3000 draws are below 0.03
-        assert abs(found[name] / 3000 - share / 100) < 0.03
+def is_retold(document: scratch.Document) -> bool:
+    return "Tell this story again. " in document.prompt
 
 
-def test_no_document_solves_more_than_one_step():
-    for document in documents():
-        question, _, solution = document.partition("\nReasoning:")
-        equations = re.findall(r"\d+ [-+*] \d+ = \d+", solution.split("The first wrong")[0])
-        assert len(equations) <= 1
-        if equations and "What is" not in question:
-            assert len(re.findall(r"\d+", question)) == 2
+def test_stories_are_solved_and_retold_in_the_stated_parts():
+    solved = sum(not is_retold(document) for document in stories()) / 3000
+    assert abs(solved - scratch.ONE_STEP) < 0.03  # three standard deviations are 0.027
+
+
+def test_no_story_is_solved_that_has_more_than_one_step():
+    for document in stories():
+        if is_retold(document):
+            assert "=" not in document.target
+            continue
+        equations = re.findall(r"\d+ [-+*] \d+ = \d+", document.target.split("The first wrong")[0])
+        assert len(equations) == 1
+        assert len(re.findall(r"\d+", document.prompt)) == 2
 
 
 def test_retellings_are_word_for_word():
-    told = [text for text in documents() if "Tell this story again. " in text]
-    for document in told:
-        story, retold = document.removeprefix("Question: Tell this story again. ").split(
-            "\nReasoning: "
-        )
-        assert story == retold
+    for document in filter(is_retold, stories()):
+        story = document.prompt.removeprefix("Question: Tell this story again. ")
+        assert story == document.target.strip() + "\nReasoning:"
+
+
+def test_cards_hold_right_sums():
+    found = set()
+    for card in cards():
+        left, sign, right = card.prompt.removesuffix(" =").split()
+        found.add(sign)
+        sums = {
+            "+": int(left) + int(right),
+            "-": int(left) - int(right),
+            "*": int(left) * int(right),
+        }
+        assert int(card.target) == sums[sign]
+    assert found == {"+", "-", "*"}
 
 
 def test_no_document_holds_a_question_of_the_exam():
     """The world is so small that without the check most exam questions would turn up."""
     small = {"max_value": 2}
     exam = {question.text for question in questions(1000, steps=(1,), **small)}
-    stories = {text.rsplit(" How many", 1)[0] for text in exam}
+    told = {text.rsplit(" How many", 1)[0] for text in exam}
 
-    def leaks(drawn: list[str]) -> int:
-        asked = (re.sub(r"\nReasoning:.*", "", text, flags=re.S) for text in drawn)
-        asked = [text.removeprefix("Question: ") for text in asked]
-        retold = [text.removeprefix("Tell this story again. ") for text in asked]
-        return sum(a in exam or r in stories for a, r in zip(asked, retold, strict=True))
+    def leaks(drawn: list[scratch.Document]) -> int:
+        asked = [d.prompt.removeprefix("Question: ").removesuffix("\nReasoning:") for d in drawn]
+        again = [text.removeprefix("Tell this story again. ") for text in asked]
+        return sum(a in exam or r in told for a, r in zip(asked, again, strict=True))
 
-    assert leaks(documents(**small)) > 300
-    assert leaks(documents(exam_texts=exam, **small)) == 0
+    assert leaks(stories(**small)) > 300
+    assert leaks(stories(exam_texts=exam, **small)) == 0
 
 
-def test_packing_keeps_every_document_whole():
-    drawn = documents()
-    rows = list(scratch.pack(iter(drawn), BACKEND))
+@pytest.mark.parametrize("shape", [scratch.CARDS, scratch.STORIES], ids=["cards", "stories"])
+def test_a_batch_holds_the_documents_and_nothing_else(shape: scratch.Shape):
+    drawn = cards() if shape == scratch.CARDS else stories()
+    batch = scratch.make_batch(iter(drawn), shape, BACKEND, 3)
+    size = -(-shape.size // 3) * 3
+    assert batch.question.tokens.shape == (size, shape.prompt_length)
+    assert batch.anchor.tokens.shape == (size, shape.target_length)
+    assert list(batch.real) == [True] * shape.size + [False] * (size - shape.size)
     begin, end = (BACKEND.token_to_id(token) for token in (scratch.BEGIN, scratch.END))
-    found = []
-    for row in rows:
-        assert row[0] == begin and row[-1] == end and begin not in row[1:]
-        assert len(row) <= scratch.ROW_LENGTH
-        text = BACKEND.decode(row[1:-1], skip_special_tokens=False)
-        found += text.split(scratch.END)
-    assert not Counter(found) - Counter(drawn)
-    assert len(drawn) - len(found) <= scratch.OPEN_ROWS * 4, "only rows still open are missing"
-    assert sum(map(len, rows)) > 0.9 * len(rows) * scratch.ROW_LENGTH
-
-
-def test_a_batch_holds_the_rows_and_nothing_else():
-    rows = list(islice(scratch.pack(iter(documents()), BACKEND), 5))
-    batch = scratch.make_batch(rows, num_shards=4)
-    assert batch.question.tokens.shape == (8, 1)
-    assert batch.anchor.tokens.shape == (8, scratch.ROW_LENGTH - 1)
-    assert list(batch.real) == [True] * 5 + [False] * 3
-    tokens = np.concatenate([batch.question.tokens, batch.anchor.tokens], axis=1)
-    mask = np.concatenate([batch.question.mask, batch.anchor.mask], axis=1)
-    for row, ids, real in zip(rows, tokens, mask, strict=False):
-        assert list(ids[real]) == row
-    assert not mask[5:].any() and not batch.valid.any()
+    for row, document in enumerate(drawn[: shape.size]):
+        asked = np.asarray(batch.question.tokens[row])[np.asarray(batch.question.mask[row])]
+        told = np.asarray(batch.anchor.tokens[row])[np.asarray(batch.anchor.mask[row])]
+        assert asked[0] == begin and BACKEND.decode(asked[1:].tolist()) == document.prompt
+        assert told[-1] == end and BACKEND.decode(told[:-1].tolist()) == document.target
+    assert not batch.anchor.mask[shape.size :].any() and not batch.valid.any()
     assert batch.shared.size == batch.positive.tokens.size == batch.negative.tokens.size == 0
+
+
+def test_muon_trains_the_matrices_of_the_blocks_and_adam_the_rest():
+    """A first update of Muon has equal singular values; one of Adam has entries of equal size."""
+    model = scratch.make_model(16, 2, 50)
+    keys = iter(jax.random.split(jax.random.key(0), 99))
+    gradients = jax.tree.map(
+        lambda leaf: jax.random.normal(next(keys), leaf.shape), abstract_params(model)
+    )
+    optimizer = scratch.make_optimizer(model, 10)
+    updates: Any = optimizer.update(gradients, optimizer.init(gradients), gradients)[0]
+    attention, mlp = updates["blocks"]["attention"], updates["blocks"]["mlp"]
+    square = (attention[name].reshape(2, 16, 16) for name in ("query", "key", "value", "out"))
+    for matrix in (*square, mlp["up"], mlp["gate"], mlp["down"]):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert values.max() < 3 * values.min(), "five iterations get this close to equal"
+    for leaf in (updates["embedding"], updates["norm"]["scale"]):
+        sizes = np.abs(leaf)
+        np.testing.assert_allclose(sizes, np.full_like(sizes, sizes.mean()), rtol=1e-3)
 
 
 def make(folder: Path) -> Path:

@@ -20,7 +20,6 @@ from distill_jax.student.model import (
 )
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.student.step import (
-    TrainState,
     gradients,
     init_state,
     make_optimizer,
@@ -289,7 +288,7 @@ def test_remat_changes_memory_and_not_the_gradient():
 def test_eight_devices_take_the_same_steps_as_one(sizes):
     config = LLAMA
 
-    def train(mesh) -> tuple[TrainState, list[float]]:
+    def train(mesh):
         optimizer = make_optimizer(warmup_schedule(1e-3, 2), 0.01)
         state, layout = init_state(make_params(config, mesh=mesh), optimizer, mesh)
         step = make_step(
@@ -307,6 +306,8 @@ def test_eight_devices_take_the_same_steps_as_one(sizes):
             batch = make_batch(samples, 4, fill=10)
             state, figures = step(state, put_batch(batch, mesh))
             losses.append(float(figures["loss"]))
+            jax.block_until_ready(state)  # fake devices stall when many programs wait at once
+        assert step._cache_size() == 1, "the layout of the state changed, and all was compiled anew"
         return state, losses
 
     one, losses = train(make_mesh(1, 1, 1))
@@ -318,10 +319,12 @@ def test_eight_devices_take_the_same_steps_as_one(sizes):
         ):
             np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=2e-4, atol=2e-6)
     up = many.params["blocks"]["mlp"]["up"]
-    moments = many.opt_state[0].mu["blocks"]["mlp"]["up"]
-    assert up.sharding == moments.sharding and not up.sharding.is_fully_replicated
+    moments = [x for x in jax.tree.leaves(many.opt_state) if x.shape == up.shape]
+    assert len(moments) >= 2 and {x.sharding for x in moments} == {up.sharding}
+    assert not up.sharding.is_fully_replicated
 
 
 def test_warmup_reaches_half_at_its_square_root_then_stays():
     schedule = warmup_schedule(2.0, 100)
-    np.testing.assert_allclose([schedule(t) for t in (0, 9, 99, 5000)], [0.0, 1.0, 2.0, 2.0], 1e-6)
+    rates = np.array([schedule(t) for t in (0, 9, 99, 5000)])
+    np.testing.assert_allclose(rates, [0.0, 1.0, 2.0, 2.0], 1e-6)
