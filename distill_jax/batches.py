@@ -13,13 +13,10 @@ import numpy as np
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import GREEDY, Attempt, Question, Rationale
 from distill_jax.student.tree import Batch, Stretch
-from distill_jax.tokenizer import Tokenizer, common_length
+from distill_jax.tokenizer import Tokenizer, common_length, padded_length
 
 MAX_POSITIVES = 10
 MAX_NEGATIVES = 4
-LENGTH_STEP = 32
-"""Stretches are padded to a multiple of this, which bounds the number of compiled shapes."""
-
 Tokens = tuple[int, ...]
 NO_TOKENS: Tokens = ()
 
@@ -278,12 +275,14 @@ def _collate(
     longest = max(
         len(x) for row, pair in zip(chosen, pairs, strict=True) for x in (row.anchor, *pair)
     )
-    width = _round_up(longest)
+    width = padded_length(longest)
     fill = num_rows - len(indices)
     arrays: dict[str, Any] = {
         "shared": np.asarray(rows.shared, np.int32),
         "question": _stretch(
-            [row.question for row in chosen], fill, _round_up(max(len(r.question) for r in chosen))
+            [row.question for row in chosen],
+            fill,
+            padded_length(max(len(r.question) for r in chosen)),
         ),
         "anchor": _stretch([row.anchor for row in chosen], fill, width),
         "positive": _stretch([p for p, _ in pairs], fill, width if with_pairs else 0),
@@ -292,10 +291,6 @@ def _collate(
         "real": np.asarray([True] * len(chosen) + [False] * fill),
     }
     return Batch(**arrays)
-
-
-def _round_up(length: int) -> int:
-    return -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def _stretch(texts: Sequence[Tokens], fill: int, width: int) -> Stretch:

@@ -4,7 +4,6 @@ Letters: Q questions of a batch, R rows of a question, L prompt tokens.
 """
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,15 +30,12 @@ from distill_jax.student.model import (
 )
 from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import BATCH, EXAM_RULES, shardings
-from distill_jax.tokenizer import Tokenizer
+from distill_jax.tokenizer import Tokenizer, common_length, padded_length
 
 BLANK_LINE = "\n\n"
 
 REPLICAS = ("data", "fsdp")
 """Mesh axes along which the exam holds copies of the weights."""
-
-SMALLEST = 16
-"""The shortest array of prompt tokens; longer ones are 24, 32, 48, 64, 96 ... long."""
 
 
 class _Asked(NamedTuple):
@@ -131,7 +127,7 @@ class Generate:
         """The prompts that leave room for an answer, and the tokens that they all begin with."""
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         fit = [i for i, tokens in enumerate(encoded) if len(tokens) < self.config.max_positions]
-        common = _common_length([encoded[i] for i in fit])
+        common = common_length([encoded[i] for i in fit])
         asked = [_Asked(i, encoded[i][common:], ids[i]) for i in fit]
         return asked, encoded[fit[0]][:common] if fit else []
 
@@ -142,12 +138,14 @@ class Generate:
             yield ordered[start : start + self.batch_questions]
 
     def _shared(self, params: Params, tokens: list[int]) -> tuple[Segment, ...]:
-        arrays = _pad([tokens], _bucket(len(tokens)))
+        arrays = _pad([tokens], padded_length(len(tokens)))
         return (self.prefill(params, *_put(self.mesh, P(), arrays)),) if tokens else ()
 
     def _arrays(self, batch: Sequence[_Asked], common: int, keys: np.ndarray) -> Prompts:
         """The batch padded to its full number of questions by copies that generate nothing."""
-        tokens, mask = _pad([a.tokens for a in batch], _bucket(max(len(a.tokens) for a in batch)))
+        tokens, mask = _pad(
+            [a.tokens for a in batch], padded_length(max(len(a.tokens) for a in batch))
+        )
         limits = np.full(keys.shape[:2], self.exam.max_new_tokens, np.int32)
         limits[:, GREEDY] = self.exam.greedy_max_new_tokens
         room = [self.config.max_positions - common - len(a.tokens) for a in batch]
@@ -259,36 +257,6 @@ def _keys(seed: int, round_index: int, question_id: str, rows: int) -> np.ndarra
     names = (f"{seed}\n{round_index}\n{row}\n{question_id}".encode() for row in range(rows))
     digests = b"".join(hashlib.sha256(name).digest()[:8] for name in names)
     return np.frombuffer(digests, "<u4").astype(np.uint32).reshape(rows, 2)
-
-
-def _common_length(prompts: Sequence[list[int]]) -> int:
-    """Tokens that all prompts begin with, leaving each at least one of its own; 0 if not worth it.
-
-    Example:
-      >>> long = list(range(SMALLEST))
-      >>> _common_length([[*long, 8], [*long, 9, 9]]), _common_length([long]), _common_length([])
-      (16, 0, 0)
-    """
-    if not prompts:
-        return 0
-    first, last = min(prompts), max(prompts)
-    same = (a == b for a, b in zip(first, last, strict=False))
-    length = sum(itertools.takewhile(bool, same))
-    length = min(length, min(map(len, prompts)) - 1)
-    return length if length >= SMALLEST else 0
-
-
-def _bucket(length: int) -> int:
-    """The array length for so many tokens: 16, 24, 32, 48, 64, 96 ... keep programs few.
-
-    Example:
-      >>> [_bucket(length) for length in (1, 16, 17, 25, 330)]
-      [16, 16, 24, 32, 384]
-    """
-    size = SMALLEST
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
 
 
 def _pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

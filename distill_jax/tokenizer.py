@@ -98,7 +98,9 @@ class Tokenizer:
         return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
-        encoded = self._published(text, add_special_tokens=False, split_special_tokens=True)
+        encoded = self._published(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         return list(encoded["input_ids"])
 
     def _raw_decode(self, ids: list[int]) -> str:
@@ -146,3 +148,16 @@ def common_length(prompts: Sequence[Sequence[int]]) -> int:
     unequal = (i for i in range(limit) if low[i] != high[i])
     length = next(unequal, limit)
     return length if length >= MIN_SHARED else 0
+
+
+def padded_length(length: int) -> int:
+    """The array length for so many tokens: 16, 24, 32, 48, 64, 96 ... so that programs are few.
+
+    Example:
+      >>> [padded_length(length) for length in (1, 16, 17, 25, 330)]
+      [16, 16, 24, 32, 384]
+    """
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
