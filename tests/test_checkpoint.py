@@ -1,7 +1,5 @@
 """Weights and states survive: other layouts, broken copies, interruptions."""
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,16 +11,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, load_params, save_params
 from distill_jax.student.sharding import make_mesh
 from distill_jax.student.step import TrainState, init_state, make_optimizer, warmup_schedule
-
-# A refused restore leaves the reader's coroutines behind, and they complain when collected.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def collect() -> Iterator[None]:
-    """Collects them here, not in the middle of some later test."""
-    yield
-    gc.collect()
 
 
 def make_params(sizes: tuple[int, int, int]) -> dict:
