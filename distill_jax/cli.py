@@ -85,11 +85,13 @@ def _show(value: dict[str, Any], as_json: bool, show: Callable[[], None] | None 
             print(f"{key.replace('_', ' ')}: {item}")
 
 
-def _keep_compilations() -> None:
-    """Compiled programs are kept between commands; those of other machines may not run here."""
+def _set_up() -> None:
+    """Keeps compiled programs between commands; those of other machines may not run here."""
     home = Path("~/.cache/distill_jax/compiled").expanduser() / platform.node()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # transformers reads tokenizers here, and need not say that its models want another framework
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 @app.command()
@@ -102,7 +104,7 @@ def run(
     from distill_jax.config import load_config
 
     settings = load_config(config, overrides or [])
-    _keep_compilations()
+    _set_up()
     from distill_jax import rounds
     from distill_jax.report.page import write_page
     from distill_jax.report.summary import status_json, summarise
@@ -142,7 +144,7 @@ def exam(
         )
     named = [f"task.name={task}"] if task else []
     settings = apply(settings, [*named, *(overrides or [])])
-    _keep_compilations()
+    _set_up()
     from distill_jax.progress import Progress
     from distill_jax.school import examine
 
@@ -219,7 +221,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read published weights, checking every one, and keep them as a checkpoint."""
-    _keep_compilations()
+    _set_up()
     from distill_jax.exchange import import_model
 
     _show(import_model(model, to), as_json)
@@ -233,7 +235,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a round's student as a Hugging Face directory, ready for transformers."""
-    _keep_compilations()
+    _set_up()
     from distill_jax.exchange import export_round
 
     _show(export_round(run, to, round_index=round_index), as_json)

@@ -192,6 +192,11 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "task.steps needs at least one solution length; got none."
     if task.name == "arithmetic" and not task.num_train:
         yield "task.num_train says how many arithmetic questions to make, at least 1; got 0."
+    if config.student.model == SCRATCH and task.name != "arithmetic":
+        yield (
+            f"student.model={SCRATCH} makes a student that reads arithmetic only, and task.name is "
+            f"{task.name}; name a Hugging Face directory or hub id."
+        )
     if config.reflection.objective != "none" and not config.exam.samples:
         yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
     axes = config.mesh

@@ -43,6 +43,7 @@ def write(path: Path, values: dict) -> Path:
         ({"exam": {"samples": 0}}, "set exam.samples to 1 or more"),
         ({"teacher": {"url": "https://api.example.com/v1"}}, "teacher.price_usd is needed"),
         ({"teacher": {"price_usd": [1.0, 2.0]}}, "teacher.budget_usd is the most this run may"),
+        ({"student": {"model": "scratch"}}, "makes a student that reads arithmetic only"),
         ({"student": {}}, "student.model is missing; it has no default."),
         ({"train": {"learning_rates": []}}, "at least one; got none."),
     ],
