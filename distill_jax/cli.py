@@ -128,22 +128,19 @@ def exam(
     as_json: AsJson = False,
 ) -> None:
     """Sit one exam: accuracy with its interval, unreadable and cut answers."""
-    from distill_jax.config import load_config, parse_config
-    from distill_jax.config import override as apply
+    from distill_jax.config import load_config, make_config, override
     from distill_jax.run_folder import read_json
 
     folder = Path(student)
     chosen = round_index
+    changes = [*([f"task.name={task}"] if task else []), *(overrides or [])]
     if (folder / "config.yaml").exists():
-        settings = load_config(folder / "config.yaml")
+        settings = override(load_config(folder / "config.yaml"), changes)
         chosen = read_json(folder / "result.json").get("chosen_round", 0) if chosen < 0 else chosen
     else:
         chosen = max(chosen, 0)
-        settings = parse_config(
-            {"folder": str(folder), "task": {"name": task}, "student": {"model": student}}
-        )
-    named = [f"task.name={task}"] if task else []
-    settings = apply(settings, [*named, *(overrides or [])])
+        model = {"folder": student, "task": {"name": task}, "student": {"model": student}}
+        settings = make_config(model, changes)
     _set_up()
     from distill_jax.progress import Progress
     from distill_jax.school import examine
@@ -187,13 +184,13 @@ def tutor(
     port: Annotated[int, typer.Option(help="On the loopback address; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve the built-in teacher as an OpenAI-compatible endpoint on this machine."""
-    from distill_jax.config import override, parse_config
+    from distill_jax.config import make_config
     from distill_jax.questions import default_data_dir, load_questions
     from distill_jax.teacher.tutor import serve_forever
 
     number = 1000 if task == "arithmetic" else 0  # as many as are made, or all there are
     values = {"folder": "-", "task": {"name": task, "num_train": number}, "student": {"model": "-"}}
-    settings = override(parse_config(values), overrides or [])
+    settings = make_config(values, overrides or [])
     questions = load_questions(settings.task, seed=settings.seed, data_dir=default_data_dir())
     serve_forever(questions, tutor=settings.tutor, seed=settings.seed, port=port)
 

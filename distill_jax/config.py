@@ -236,7 +236,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       ConfigError: the file can't be read, a key is unknown, or a value is not allowed. Nothing
         has been written.
     """
-    return _parse(_read_yaml(Path(path), seen=()), overrides)
+    return make_config(_read_yaml(Path(path), seen=()), overrides)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -250,10 +250,15 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
       >>> override(parse_config(values), ["rounds.max=2"]).rounds.max
       2
     """
-    return _parse(config.model_dump(mode="json"), overrides)
+    return make_config(config.model_dump(mode="json"), overrides)
 
 
-def _parse(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+def make_config(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """The config that nested `values` describe once `overrides` have been set in them.
+
+    Raises:
+      ConfigError: as `load_config`.
+    """
     for setting in overrides:
         key, equals, text = setting.partition("=")
         if not equals or not key:
