@@ -1,8 +1,10 @@
 """Small random models with unequal dims, ours and the same made by transformers."""
 
-import dataclasses
+import functools
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 
+from distill_jax.families.config_json import find_family, read_config
 from distill_jax.student.model import (
     ModelConfig,
     Params,
@@ -17,7 +20,7 @@ from distill_jax.student.model import (
     forward,
     logical_axes,
 )
-from distill_jax.student.sharding import EXAM_RULES, make_mesh, shardings
+from distill_jax.student.sharding import EXAM_RULES, TRAIN_RULES, make_mesh, shardings
 
 LLAMA = ModelConfig(
     vocab_size=301,
@@ -43,19 +46,149 @@ GPT2 = ModelConfig(
     gated_mlp=False,
     positions="learned",
     attention_bias=True,
+    out_bias=True,
     mlp_bias=True,
     tied_head=True,
 )
-VARIANTS = {
-    "llama": LLAMA,
-    "llama-biased-tied": dataclasses.replace(
-        LLAMA, attention_bias=True, mlp_bias=True, tied_head=True, rope_theta=500.0
-    ),
-    "llama-relu": dataclasses.replace(LLAMA, activation="relu", kv_heads=6, head_dim=8),
-    "gpt2": GPT2,
-    "gpt2-untied": dataclasses.replace(GPT2, tied_head=False),
-    "gpt2-exact-gelu": dataclasses.replace(GPT2, activation="gelu", mlp_width=192),
+
+_GPT2 = {"vocab_size": 131, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_inner": 100}
+_GPT2 |= {"n_positions": 40}
+_LLAMA = {
+    "vocab_size": 301,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "intermediate_size": 70,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
 }
+_LOCAL = _LLAMA | {"num_hidden_layers": 4, "sliding_window": 4}
+_OPT = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "ffn_dim": 70,
+    "max_position_embeddings": 40,
+}
+_NEOX = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 70,
+    "max_position_embeddings": 64,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2-untied": ("GPT2", _GPT2 | {"tie_word_embeddings": False}),
+    "gpt2-exact-gelu": ("GPT2", _GPT2 | {"n_inner": None, "activation_function": "gelu"}),
+    "gpt-neo": (
+        "GPTNeo",
+        {
+            "vocab_size": 131,
+            "hidden_size": 48,
+            "num_layers": 3,
+            "num_heads": 4,
+            "intermediate_size": 70,
+            "max_position_embeddings": 40,
+            "attention_types": [[["global", "local"], 1], [["local"], 1]],
+            "window_size": 4,
+        },
+    ),
+    "gptj": ("GPTJ", _GPT2 | {"rotary_dim": 8}),
+    "opt": ("OPT", _OPT),
+    "opt-350m": (
+        "OPT",
+        _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
+    ),
+    "opt-unbiased": ("OPT", _OPT | {"enable_bias": False, "tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", _NEOX),
+    "gpt-neox-serial": (
+        "GPTNeoX",
+        _NEOX
+        | {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": _LINEAR | {"partial_rotary_factor": 0.5},
+        },
+    ),
+    "llama": ("Llama", _LLAMA),
+    "llama-biased-tied": (
+        "Llama",
+        _LLAMA
+        | {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    ),
+    "llama-relu": (
+        "Llama",
+        _LLAMA | {"hidden_act": "relu", "num_key_value_heads": 6, "head_dim": 8},
+    ),
+    "llama-linear": ("Llama", _LLAMA | {"rope_parameters": _LINEAR}),
+    "llama-3": ("Llama", _LLAMA | {"rope_parameters": _LLAMA3}),
+    "qwen2": ("Qwen2", _LLAMA | {"head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", _LLAMA),
+    "gemma2": ("Gemma2", _LOCAL | {"query_pre_attn_scalar": 24}),
+    "gemma2-uncapped": (
+        "Gemma2",
+        _LOCAL
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        _LOCAL
+        | {
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": _LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "mistral": ("Mistral", _LOCAL),
+    "mistral-global": ("Mistral", _LOCAL | {"sliding_window": None}),
+}
+"""By name: a transformers config class without its ending, and what is passed to it."""
+
+LOCAL = ("gpt-neo", "gemma2", "gemma3", "mistral")
+"""Some of those with local layers."""
+
+
+def published_config(name: str) -> transformers.PreTrainedConfig:
+    """The config of one of `PUBLISHED`, as transformers makes it."""
+    kind, fields = PUBLISHED[name]
+    ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    architectures = [kind.removesuffix("Text") + ending]
+    return getattr(transformers, f"{kind}Config")(**fields, architectures=architectures)
+
+
+@functools.cache
+def variant(name: str) -> ModelConfig:
+    """One of `PUBLISHED` as ours."""
+    published = json.loads(published_config(name).to_json_string())
+    return read_config(find_family(published), published)
 
 
 def whole(config: ModelConfig, mesh=None, rules=EXAM_RULES):
@@ -64,16 +197,17 @@ def whole(config: ModelConfig, mesh=None, rules=EXAM_RULES):
     return shardings(mesh, logical_axes(config), abstract_params(config), rules)
 
 
-def make_params(config: ModelConfig, seed: int = 0) -> Params:
-    """Random weights on one device; norms and biases too, so that none can be left out."""
+def make_params(config: ModelConfig, seed: int = 0, mesh=None) -> Params:
+    """Random weights as training lays them out; norms and biases too, so that none is left out."""
     rng, rows = np.random.default_rng(seed), {"embedding", "head"}
 
-    def make(path, leaf) -> jax.Array:
-        std = 0.1 if leaf.ndim < 3 and path[0].key not in rows else leaf.shape[-1] ** -0.5
+    def make(path, leaf) -> np.ndarray:
+        std = 0.1 if leaf.ndim < 3 and path[0].key not in rows else config.width**-0.5
         value = rng.normal(scale=std, size=leaf.shape) + (path[-1].key == "scale")
-        return jnp.asarray(value, jnp.float32)
+        return value.astype(np.float32)
 
-    return jax.tree.map_with_path(make, abstract_params(config))
+    params = jax.tree.map_with_path(make, abstract_params(config))
+    return jax.device_put(params, whole(config, mesh, TRAIN_RULES))
 
 
 def run(config: ModelConfig, params: Params, tokens, positions, mask, past=(), **options):
@@ -94,56 +228,20 @@ def make_rows(lengths: list[int], *, vocab_size: int, left: bool = False, seed: 
     return tokens, np.clip(mask.cumsum(axis=1) - 1, 0, None), mask
 
 
-def make_published(directory: Path, config: ModelConfig):
-    """A random transformers model of the same shape, saved in `directory`. Skips without torch."""
+def make_published(directory: Path, name: str) -> Any:
+    """A random transformers model of `PUBLISHED`, saved in `directory`. Skips without torch."""
     if importlib.util.find_spec("torch") is None:
         pytest.skip("needs torch, the reference")
     import torch
 
-    make = _published_gpt2 if config.positions == "learned" else _published_llama
     torch.manual_seed(3)
-    model = make(config)
+    config = published_config(name)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
     model.save_pretrained(directory)
     return model.eval()
-
-
-def _published_gpt2(config: ModelConfig):
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            n_inner=None if config.mlp_width == 4 * config.width else config.mlp_width,
-            n_positions=config.max_positions,
-            activation_function=config.activation,
-            tie_word_embeddings=config.tied_head,
-        )
-    )
-
-
-def _published_llama(config: ModelConfig):
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.mlp_width,
-            max_position_embeddings=config.max_positions,
-            hidden_act=config.activation,
-            attention_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
-            rms_norm_eps=config.norm_epsilon,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tied_head,
-        )
-    )
 
 
 def published_logits(model, tokens, positions, mask) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,11 @@ records config numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions
 prompts tokenizer
-student.sharding student.attention student.model student.losses student.tree student.step
-student.sampling student.decode
-families.table families.llama families.gpt2 families
+student.sharding student.architecture student.attention student.blocks student.model
+student.losses student.tree student.step student.sampling student.decode
+families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
+families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
+families.opt families
 families.layout families.config_json families.arrays weights
 run_folder progress checkpoint generate exam
 teacher.ledger teacher.reply teacher.governor teacher.account teacher.client

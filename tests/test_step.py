@@ -8,17 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import GPT2, LLAMA, make_params
 
 from distill_jax import weights
 from distill_jax.scratch import make_tokenizer
-from distill_jax.student.model import (
-    ModelConfig,
-    abstract_params,
-    forward,
-    init_params,
-    logical_axes,
-)
-from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+from distill_jax.student.model import ModelConfig, forward
+from distill_jax.student.sharding import make_mesh
 from distill_jax.student.step import (
     gradients,
     init_state,
@@ -35,33 +30,6 @@ torch.set_num_threads(1)  # two would spin, waiting for each other, on models th
 transformers = pytest.importorskip("transformers")
 original_step = pytest.importorskip("original_step")
 
-LLAMA = ModelConfig(
-    vocab_size=61,
-    width=24,
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    mlp_width=40,
-    max_positions=64,
-)
-GPT2 = ModelConfig(
-    vocab_size=53,
-    width=20,
-    layers=2,
-    heads=5,
-    kv_heads=5,
-    head_dim=4,
-    mlp_width=80,
-    max_positions=64,
-    norm="layer",
-    activation="gelu_new",
-    gated_mlp=False,
-    positions="learned",
-    attention_bias=True,
-    mlp_bias=True,
-    tied_head=True,
-)
 FAMILIES = {"llama": LLAMA, "gpt2": GPT2}
 exact = partial(forward, compute_dtype=jnp.float32)
 
@@ -102,17 +70,6 @@ def make_batch(samples: list, shared: int, *, fill: int = 0) -> Batch:
         valid=jnp.asarray([bool(s.positive) for s in samples] + [False] * fill),
         real=jnp.asarray([True] * len(samples) + [False] * fill),
     )
-
-
-def make_params(config: ModelConfig, seed: int = 0, mesh=None) -> dict:
-    """Random weights, norms and biases included: ones and zeros would hide mistakes."""
-    mesh = mesh or make_mesh(1, 1, 1)
-    layout = shardings(mesh, logical_axes(config), abstract_params(config), TRAIN_RULES)
-    params = init_params(config, jax.random.key(seed), layout)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.device_put(jax.tree.unflatten(tree, noisy), layout)
 
 
 @functools.cache

@@ -48,11 +48,11 @@ def read_config(family: Family, published: Mapping[str, Any]) -> ModelConfig:
       64
     """
     for key, values in family.understood.items():
-        value = _look_up(published, key)
-        if value is not None and value not in values:
+        said = _look_up(published, key)
+        if said not in ([], [None]) and said[0] not in values:
             raise ValueError(
                 f"{key} must be {' or '.join(map(repr, values))} for {family.architecture}; "
-                f"got {value!r}, which is not computed here."
+                f"got {said[0]!r}, which is not computed here."
             )
     return ModelConfig(**_read_fields(family, published))
 
@@ -72,27 +72,45 @@ def write_config(
         value = getattr(config, name)
         if not field.key or (published and before[name] == value):
             continue
-        outer, _, inner = field.key.partition(".")
-        written[outer] = {**(written.get(outer) or {}), inner: value} if inner else value
-        if field.older:
-            written.pop(field.older, None)
+        said = field.encode(value, vars(config))
+        if said is not None or field.nullable:
+            _put(written, field.key, said)
+        for key in field.older:
+            written.pop(key, None)
     return written
 
 
 def _read_fields(family: Family, published: Mapping[str, Any]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, field in family.fields.items():
-        places = [key for key in (field.key, field.older) if key]
-        said = [value for key in places if (value := _look_up(published, key)) is not None]
-        default = field.default(known) if callable(field.default) else field.default
-        known[name] = said[0] if said else default
+        said = [value for key in (field.key, *field.older) for value in _look_up(published, key)]
+        if not field.nullable:
+            said = [value for value in said if value is not None]
+        if said:
+            known[name] = None if said[0] is None else field.decode(said[0], known)
+        else:
+            known[name] = field.default(known) if callable(field.default) else field.default
     return known
 
 
-def _look_up(published: Mapping[str, Any], key: str) -> Any:
-    """The value of a key, a dot before a key of an inner object; None if absent or null."""
+def _look_up(published: Mapping[str, Any], key: str) -> list[Any]:
+    """The value of a key, dots before the keys of inner objects; [] if there is none."""
     outer, _, inner = key.partition(".")
-    value = published.get(outer)
+    if outer not in published:
+        return []
+    value = published[outer]
     if not inner:
-        return value
-    return value.get(inner) if isinstance(value, Mapping) else None
+        return [value]
+    return _look_up(value, inner) if isinstance(value, Mapping) else []
+
+
+def _put(target: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the value of a key like those of `_look_up`; an object is added to what is there."""
+    outer, _, inner = key.partition(".")
+    if inner:
+        target[outer] = dict(target.get(outer) or {})
+        _put(target[outer], inner, value)
+    elif isinstance(value, Mapping):
+        target[outer] = {**(target.get(outer) or {}), **value}
+    else:
+        target[outer] = value

@@ -1,6 +1,6 @@
 """GPT-2: plain MLP, layer norms, learned positions, biases, matrices stored in by out."""
 
-from distill_jax.families.table import Family, Field, derived
+from distill_jax.families.table import Family, Field, derived, number, rows
 
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
@@ -15,11 +15,12 @@ GPT2 = Family(
         "mlp_width": Field("n_inner", lambda known: 4 * known["width"]),
         "max_positions": Field("n_positions", 1024),
         "norm": derived("layer"),
-        "norm_epsilon": Field("layer_norm_epsilon", 1e-5),
+        "norm_epsilon": number("layer_norm_epsilon", 1e-5),
         "activation": Field("activation_function", "gelu_new"),
         "gated_mlp": derived(False),
         "positions": derived("learned"),
         "attention_bias": derived(True),
+        "out_bias": derived(True),
         "mlp_bias": derived(True),
         "tied_head": Field("tie_word_embeddings", True),
     },
@@ -32,27 +33,25 @@ GPT2 = Family(
     weights={
         "embedding": ("transformer.wte.weight", "vocab embed"),
         "position_embedding": ("transformer.wpe.weight", "positions embed"),
-        **{
-            f"blocks.{ours}": (f"transformer.h.{{}}.{name}", layout)
-            for ours, name, layout in (
-                ("attention_norm.scale", "ln_1.weight", "norm"),
-                ("attention_norm.bias", "ln_1.bias", "norm"),
-                ("attention.query", "attn.c_attn.weight", "embed (0/3 heads head_dim)"),
-                ("attention.query_bias", "attn.c_attn.bias", "(0/3 heads head_dim)"),
-                ("attention.key", "attn.c_attn.weight", "embed (1/3 kv_heads head_dim)"),
-                ("attention.key_bias", "attn.c_attn.bias", "(1/3 kv_heads head_dim)"),
-                ("attention.value", "attn.c_attn.weight", "embed (2/3 kv_heads head_dim)"),
-                ("attention.value_bias", "attn.c_attn.bias", "(2/3 kv_heads head_dim)"),
-                ("attention.out", "attn.c_proj.weight", "(heads head_dim) embed"),
-                ("attention.out_bias", "attn.c_proj.bias", "norm"),
-                ("mlp_norm.scale", "ln_2.weight", "norm"),
-                ("mlp_norm.bias", "ln_2.bias", "norm"),
-                ("mlp.up", "mlp.c_fc.weight", "embed mlp"),
-                ("mlp.up_bias", "mlp.c_fc.bias", "mlp"),
-                ("mlp.down", "mlp.c_proj.weight", "mlp embed"),
-                ("mlp.down_bias", "mlp.c_proj.bias", "norm"),
-            )
-        },
+        **rows(
+            "transformer.h.{}.",
+            ("attention_norm.scale", "ln_1.weight", "norm"),
+            ("attention_norm.bias", "ln_1.bias", "norm"),
+            ("attention.query", "attn.c_attn.weight", "embed (0/3 heads head_dim)"),
+            ("attention.query_bias", "attn.c_attn.bias", "(0/3 heads head_dim)"),
+            ("attention.key", "attn.c_attn.weight", "embed (1/3 kv_heads head_dim)"),
+            ("attention.key_bias", "attn.c_attn.bias", "(1/3 kv_heads head_dim)"),
+            ("attention.value", "attn.c_attn.weight", "embed (2/3 kv_heads head_dim)"),
+            ("attention.value_bias", "attn.c_attn.bias", "(2/3 kv_heads head_dim)"),
+            ("attention.out", "attn.c_proj.weight", "(heads head_dim) embed"),
+            ("attention.out_bias", "attn.c_proj.bias", "norm"),
+            ("mlp_norm.scale", "ln_2.weight", "norm"),
+            ("mlp_norm.bias", "ln_2.bias", "norm"),
+            ("mlp.up", "mlp.c_fc.weight", "embed mlp"),
+            ("mlp.up_bias", "mlp.c_fc.bias", "mlp"),
+            ("mlp.down", "mlp.c_proj.weight", "mlp embed"),
+            ("mlp.down_bias", "mlp.c_proj.bias", "norm"),
+        ),
         "norm.scale": ("transformer.ln_f.weight", "norm"),
         "norm.bias": ("transformer.ln_f.bias", "norm"),
         "head": ("lm_head.weight", "vocab embed"),

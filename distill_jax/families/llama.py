@@ -1,6 +1,7 @@
 """Llama: gated MLP, root-mean-square norms, rotary positions, grouped key and value heads."""
 
-from distill_jax.families.table import Family, Field, derived
+from distill_jax.families.fields import rope_scaling
+from distill_jax.families.table import Family, Field, derived, number, rows
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
@@ -15,45 +16,40 @@ LLAMA = Family(
         "mlp_width": Field("intermediate_size", 11008),
         "max_positions": Field("max_position_embeddings", 2048),
         "norm": derived("rms"),
-        "norm_epsilon": Field("rms_norm_eps", 1e-6),
+        "norm_epsilon": number("rms_norm_eps", 1e-6),
         "activation": Field("hidden_act", "silu"),
         "gated_mlp": derived(True),
         "positions": derived("rotary"),
-        "rope_theta": Field("rope_parameters.rope_theta", 10000.0, older="rope_theta"),
+        "rope_scaling": rope_scaling(),
+        "rope_theta": number("rope_parameters.rope_theta", 10000.0, ("rope_theta",)),
         "attention_bias": Field("attention_bias", False),
+        "out_bias": Field("attention_bias", False),
         "mlp_bias": Field("mlp_bias", False),
         "tied_head": Field("tie_word_embeddings", False),
     },
-    understood={
-        "rope_parameters.rope_type": ("default",),
-        "rope_parameters.partial_rotary_factor": (1.0,),
-        "rope_scaling.rope_type": ("default",),
-        "rope_scaling.type": ("default",),
-    },
+    understood={"rope_parameters.partial_rotary_factor": (1.0,)},
     prefix="model.",
     weights={
         "embedding": ("model.embed_tokens.weight", "vocab embed"),
-        "blocks.attention_norm.scale": ("model.layers.{}.input_layernorm.weight", "norm"),
-        **{
-            f"blocks.attention.{ours}": (f"model.layers.{{}}.self_attn.{name}", layout)
-            for ours, name, layout in (
-                ("query", "q_proj.weight", "(heads head_dim) embed"),
-                ("query_bias", "q_proj.bias", "(heads head_dim)"),
-                ("key", "k_proj.weight", "(kv_heads head_dim) embed"),
-                ("key_bias", "k_proj.bias", "(kv_heads head_dim)"),
-                ("value", "v_proj.weight", "(kv_heads head_dim) embed"),
-                ("value_bias", "v_proj.bias", "(kv_heads head_dim)"),
-                ("out", "o_proj.weight", "embed (heads head_dim)"),
-                ("out_bias", "o_proj.bias", "norm"),
-            )
-        },
-        "blocks.mlp_norm.scale": ("model.layers.{}.post_attention_layernorm.weight", "norm"),
-        "blocks.mlp.gate": ("model.layers.{}.mlp.gate_proj.weight", "mlp embed"),
-        "blocks.mlp.gate_bias": ("model.layers.{}.mlp.gate_proj.bias", "mlp"),
-        "blocks.mlp.up": ("model.layers.{}.mlp.up_proj.weight", "mlp embed"),
-        "blocks.mlp.up_bias": ("model.layers.{}.mlp.up_proj.bias", "mlp"),
-        "blocks.mlp.down": ("model.layers.{}.mlp.down_proj.weight", "embed mlp"),
-        "blocks.mlp.down_bias": ("model.layers.{}.mlp.down_proj.bias", "norm"),
+        **rows(
+            "model.layers.{}.",
+            ("attention_norm.scale", "input_layernorm.weight", "norm"),
+            ("attention.query", "self_attn.q_proj.weight", "(heads head_dim) embed"),
+            ("attention.query_bias", "self_attn.q_proj.bias", "(heads head_dim)"),
+            ("attention.key", "self_attn.k_proj.weight", "(kv_heads head_dim) embed"),
+            ("attention.key_bias", "self_attn.k_proj.bias", "(kv_heads head_dim)"),
+            ("attention.value", "self_attn.v_proj.weight", "(kv_heads head_dim) embed"),
+            ("attention.value_bias", "self_attn.v_proj.bias", "(kv_heads head_dim)"),
+            ("attention.out", "self_attn.o_proj.weight", "embed (heads head_dim)"),
+            ("attention.out_bias", "self_attn.o_proj.bias", "norm"),
+            ("mlp_norm.scale", "post_attention_layernorm.weight", "norm"),
+            ("mlp.gate", "mlp.gate_proj.weight", "mlp embed"),
+            ("mlp.gate_bias", "mlp.gate_proj.bias", "mlp"),
+            ("mlp.up", "mlp.up_proj.weight", "mlp embed"),
+            ("mlp.up_bias", "mlp.up_proj.bias", "mlp"),
+            ("mlp.down", "mlp.down_proj.weight", "embed mlp"),
+            ("mlp.down_bias", "mlp.down_proj.bias", "norm"),
+        ),
         "norm.scale": ("model.norm.weight", "norm"),
         "head": ("lm_head.weight", "vocab embed"),
     },

@@ -12,38 +12,70 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from distill_jax.student.architecture import RopeScaling
+
 
 class Stretch(NamedTuple):
-    """What one layer sees of a segment, or of the rows' own tokens."""
+    """What one layer sees of a segment, or of the rows' own tokens.
+
+    Attributes:
+      keys: With their positions applied.
+      values: As projected.
+      visible: For each row what each of its tokens sees. Where all rows of a group see the same it
+        has G rows, and where all tokens of a row do, L is 1.
+    """
 
     keys: Float[Array, "G K T H"]
     values: Float[Array, "G K T H"]
-    visible: Bool[Array, "G L T"]  # L is 1 where all tokens of a group see the same
+    visible: Bool[Array, "rows L T"]
 
 
 Turns = tuple[Float32[Array, "B L half"], Float32[Array, "B L half"]]
 
 
-def make_turns(positions: Int[Array, "B L"], *, head_dim: int, theta: float) -> Turns:
+def make_turns(
+    positions: Int[Array, "B L"], *, dims: int, theta: float, scaling: RopeScaling | None
+) -> Turns:
     """Cosine and sine of every position's angles, slow dims last."""
-    dims = jnp.arange(0, head_dim, 2, dtype=jnp.float32)
-    rates = theta ** -(dims / head_dim)
+    rates = theta ** -(jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    if scaling is not None:
+        rates *= _stretch(rates, scaling)
     angles = positions[..., None].astype(jnp.float32) * rates[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B L n H"], by: Turns | None) -> Float[Array, "B L n H"]:
-    """Turns each pair (dim i, dim i + H/2) by the angle of its position, in float32."""
-    if by is None:
-        return x
+def _stretch(rates: Float32[Array, " half"], scaling: RopeScaling) -> Float32[Array, " half"]:
+    """What each rate is multiplied by to make its wavelength longer."""
+    if scaling.bands is None:
+        return jnp.full_like(rates, 1 / scaling.factor)
+    low, high, length = scaling.bands
+    turns = length * rates / (2 * jnp.pi)  # within the texts of the first training
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept + (1 - kept) / scaling.factor
+
+
+def rotate(x: Float[Array, "B L n H"], by: Turns, *, interleaved: bool) -> Float[Array, "B L n H"]:
+    """Turns each pair of dims by the angle of its position, in float32.
+
+    Angles for fewer dims than a head has leave its last dims as they are. A pair is dims i and
+    i + half of those turned, or neighbours where they are `interleaved`.
+    """
     cos, sin = (turn[:, :, None] for turn in by)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    turned, kept = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+    pairs = (*turned.shape[:-1], -1, 2) if interleaved else (*turned.shape[:-1], 2, -1)
+    axis = -1 if interleaved else -2
+    wide = turned.astype(jnp.float32).reshape(pairs)
+    first, second = jnp.unstack(wide, axis=axis)
+    both = jnp.stack((first * cos - second * sin, second * cos + first * sin), axis=axis)
+    return jnp.concatenate([both.reshape(turned.shape).astype(x.dtype), kept], axis=-1)
 
 
 def attend(
-    query: Float[Array, "B L heads H"], stretches: Sequence[Stretch]
+    query: Float[Array, "B L heads H"],
+    stretches: Sequence[Stretch],
+    *,
+    scale: float,
+    cap: float | None,
 ) -> Float[Array, "B L heads H"]:
     """One softmax over all stretches, which are never laid side by side.
 
@@ -51,13 +83,19 @@ def attend(
     plain batched products: written as one contraction over six dims, XLA's CPU backend is several
     times slower. Only what has no T (maxima, sums, mixed values) is brought together, as
     [B, L, K, R, ...]. A token that sees nothing gets zeros.
+
+    Args:
+      query: With their positions applied.
+      stretches: What is attended to.
+      scale: Scores are multiplied by it.
+      cap: Then they are bent into plus or minus this; None leaves them.
     """
     rows, length, heads, head_dim = query.shape
     kv_heads = stretches[0].keys.shape[1]
     shape = (rows, length, kv_heads, heads // kv_heads)
-    query = (query * head_dim**-0.5).reshape(*shape, head_dim)
+    query = (query * scale).reshape(*shape, head_dim)
     groups = [stretch.keys.shape[0] for stretch in stretches]
-    scores = [_score(query, *parts) for parts in zip(stretches, groups, strict=True)]
+    scores = [_score(query, *parts, cap) for parts in zip(stretches, groups, strict=True)]
     tops = functools.reduce(
         jnp.maximum,
         (_by_row(x.max(axis=-1), g, shape) for x, g in zip(scores, groups, strict=True)),
@@ -74,13 +112,17 @@ def attend(
     return mixed.astype(query.dtype).reshape(rows, length, heads, head_dim)
 
 
-def _score(query: Float[Array, "B L K R H"], stretch: Stretch, groups: int) -> Array:
+def _score(
+    query: Float[Array, "B L K R H"], stretch: Stretch, groups: int, cap: float | None
+) -> Array:
     """Scores of one stretch, [G K, S L R, T]; -inf where a query does not see a token."""
     rows, length, kv_heads, repeats, _ = query.shape
     scores = _product("xmh,xth->xmt", _by_group(query, groups), _by_head(stretch.keys))
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     apart = scores.reshape(groups, kv_heads, rows // groups, length, repeats, scores.shape[-1])
-    visible = stretch.visible[:, None, None, :, None]
-    return jnp.where(visible, apart, -jnp.inf).reshape(scores.shape)
+    visible = stretch.visible.reshape(groups, -1, *stretch.visible.shape[1:])
+    return jnp.where(visible[:, None, :, :, None], apart, -jnp.inf).reshape(scores.shape)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -1,15 +1,12 @@
-"""The decoder: what families differ in as fields, one declaration per weight, one forward pass.
+"""The decoder: all weights of a student, one forward pass, and the scores of tokens to come.
 
-Letters: N layers, B rows, L tokens of a row, G groups of a segment, S rows of a group, T tokens of
-a segment, K key and value heads, R query heads per key head, H head dim, D width, V padded
-vocabulary.
+Letters: N layers, B rows, L tokens of a row, G groups of a segment, T tokens of a segment, K key
+and value heads, H head dim, D width, E length of an embedding, V padded vocabulary.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,77 +14,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from distill_jax.student.attention import Stretch, Turns, attend, make_turns, rotate
+from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.attention import Stretch, Turns, make_turns
+from distill_jax.student.blocks import Block, Norm, constant, matrix, multiply
 
 Params = dict[str, Any]
 """Weights as nested dicts of arrays, those of all layers stacked on axis 0."""
-
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this, so that any usual tensor axis divides it."""
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """What a decoder is made of.
-
-    Attributes:
-      vocab_size: Rows of the published embedding; arrays hold `padded_vocab` rows.
-      width: Length of the state of a token.
-      layers: Blocks.
-      heads: Query heads of a block.
-      kv_heads: Key and value heads; divides `heads`.
-      head_dim: Length of a query, a key and a value.
-      mlp_width: Length inside the MLP.
-      max_positions: Tokens that one text may have; learned positions end there.
-      norm: `rms` scales by the root mean square, `layer` also centres and has a bias.
-      norm_epsilon: Added to the mean square.
-      activation: Of the MLP; `gelu_new` is the tanh form, `gelu` the exact one.
-      gated_mlp: Whether a second matrix gates the first.
-      positions: `rotary` turns queries and keys, `learned` adds a vector to the embedding.
-      rope_theta: Base of the rotary wavelengths; learned positions leave it unread.
-      attention_bias: Whether the four attention matrices have biases.
-      mlp_bias: Whether the matrices of the MLP have biases.
-      tied_head: Whether the output projection is the embedding.
-    """
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    max_positions: int
-    norm: Literal["rms", "layer"] = "rms"
-    norm_epsilon: float = 1e-5
-    activation: str = "silu"
-    gated_mlp: bool = True
-    positions: Literal["rotary", "learned"] = "rotary"
-    rope_theta: float = 10000.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tied_head: bool = False
-
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation is one of {known}; got {self.activation!r}.")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide heads={self.heads}; got {self.kv_heads}.")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim; got {self.head_dim}.")
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding as held in memory."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Segment(NamedTuple):
@@ -106,126 +38,21 @@ class Segment(NamedTuple):
     mask: Bool[Array, "G T"]
 
 
-def _weight(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
-    """Declares a weight: its logical axes, their sizes, and the spread that it is born with."""
-    value = std * jax.random.normal(rngs.params(), tuple(axes.values()))
-    return nnx.Param(value, out_sharding=tuple(axes))
-
-
-def _constant(axes: dict[str, int], value: float) -> nnx.Param:
-    return nnx.Param(jnp.full(tuple(axes.values()), value, jnp.float32), out_sharding=tuple(axes))
-
-
-def _add(x: Array, bias: nnx.Param | None) -> Array:
-    return x if bias is None else x + jnp.broadcast_to(bias[...].astype(x.dtype), x.shape)
-
-
-def _multiply(x: Array, weight: nnx.Param, bias: nnx.Param | None, *, dims: int = 1) -> Array:
-    """The product over the last `dims` dims of `x` and the first of `weight`.
-
-    All tokens are one dim while it runs: XLA's CPU backend differentiates products of plain
-    matrices up to 1.6 times faster than those of three dims.
-    """
-    matrix = weight[...].astype(x.dtype)
-    tokens, out = x.shape[: x.ndim - dims], matrix.shape[dims:]
-    flat = x.reshape(math.prod(tokens), -1) @ matrix.reshape(-1, math.prod(out))
-    return _add(flat.reshape(*tokens, *out), bias)
-
-
-class Norm(nnx.Module):
-    """Normalises the state of every token, in float32 whatever comes in."""
-
-    def __init__(self, config: ModelConfig):
-        self.epsilon, self.centred = config.norm_epsilon, config.norm == "layer"
-        self.scale = _constant({"norm": config.width}, 1.0)
-        self.bias = _constant({"norm": config.width}, 0.0) if self.centred else None
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        wide = x.astype(jnp.float32)
-        if self.centred:
-            wide -= wide.mean(axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
-        return _add(wide * self.scale[...][None, None], self.bias).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Every token looks at its own stretch, up to itself, and at all past segments."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        width = {"embed": config.width}
-        queries = {"heads": config.heads, "head_dim": config.head_dim}
-        keys = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
-        std, biased = config.width**-0.5, config.attention_bias
-        out_std = (2 * config.layers * config.heads * config.head_dim) ** -0.5
-        self.query = _weight(rngs, width | queries, std=std)
-        self.key = _weight(rngs, width | keys, std=std)
-        self.value = _weight(rngs, width | keys, std=std)
-        self.out = _weight(rngs, queries | width, std=out_std)
-        self.query_bias = _constant(queries, 0.0) if biased else None
-        self.key_bias = _constant(keys, 0.0) if biased else None
-        self.value_bias = _constant(keys, 0.0) if biased else None
-        self.out_bias = _constant({"norm": config.width}, 0.0) if biased else None
-
-    def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        turns: Turns | None,
-        visible: Bool[Array, "B L L"],
-        past: Sequence[Stretch],
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B K L H"], Float[Array, "B K L H"]]:
-        query = rotate(_multiply(x, self.query, self.query_bias), turns)
-        key = rotate(_multiply(x, self.key, self.key_bias), turns)
-        value = _multiply(x, self.value, self.value_bias)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        mixed = attend(query, [*past, Stretch(key, value, visible)])
-        return _multiply(mixed, self.out, self.out_bias, dims=2), key, value
-
-
-class Mlp(nnx.Module):
-    """Widens the state of every token, bends it, and narrows it again."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        width, inside = {"embed": config.width}, {"mlp": config.mlp_width}
-        std, biased, gated = config.width**-0.5, config.mlp_bias, config.gated_mlp
-        self.activation = config.activation
-        self.up = _weight(rngs, width | inside, std=std)
-        self.gate = _weight(rngs, width | inside, std=std) if gated else None
-        self.down = _weight(
-            rngs, inside | width, std=(2 * config.layers * config.mlp_width) ** -0.5
-        )
-        self.up_bias = _constant(inside, 0.0) if biased else None
-        self.gate_bias = _constant(inside, 0.0) if biased and gated else None
-        self.down_bias = _constant({"norm": config.width}, 0.0) if biased else None
-
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        bend = ACTIVATIONS[self.activation]
-        inside = _multiply(x, self.up, self.up_bias)
-        if self.gate is None:
-            inside = bend(inside)
-        else:
-            inside *= bend(_multiply(x, self.gate, self.gate_bias))
-        return _multiply(inside, self.down, self.down_bias)
-
-
-class Block(nnx.Module):
-    """Attention, then the MLP, each on the normalised state and added to it."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = Norm(config)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm(config)
-        self.mlp = Mlp(config, rngs)
-
-
 class Decoder(nnx.Module):
     """All weights of a student; the blocks are stacked on an axis named `layers`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        embedding = {"vocab": config.padded_vocab, "embed": config.width}
-        places = {"positions": config.max_positions, "embed": config.width}
-        self.embedding = _weight(rngs, embedding, std=0.02)
-        learned = config.positions == "learned"
-        self.position_embedding = _weight(rngs, places, std=0.02) if learned else None
+        width, vocab = {"embed": config.width}, {"vocab": config.padded_vocab}
+        outer = {"embed": config.embedding_width or config.width}
+        projection = None if config.embedding_width is None else {"embedding": outer["embed"]}
+        rows = config.max_positions + config.position_offset
+        learned, std = config.positions == "learned", config.width**-0.5
+        self.scale, self.offset = config.embedding_scale, config.position_offset
+        self.embedding = matrix(rngs, vocab | outer, std=0.02)
+        self.project_in = matrix(rngs, projection | width, std=std) if projection else None
+        self.position_embedding = (
+            matrix(rngs, {"positions": rows} | width, std=0.02) if learned else None
+        )
         stack = nnx.vmap(
             functools.partial(Block, config),
             in_axes=0,
@@ -233,9 +60,27 @@ class Decoder(nnx.Module):
             transform_metadata={nnx.PARTITION_NAME: "layers"},
         )
         self.blocks = nnx.split_rngs(splits=config.layers)(stack)(rngs)
-        self.norm = Norm(config)
-        tied = config.tied_head
-        self.head = None if tied else _weight(rngs, embedding, std=config.width**-0.5)
+        self.norm = Norm(config, {"norm": config.width}) if config.final_norm else None
+        self.project_out = matrix(rngs, width | projection, std=std) if projection else None
+        self.head = None if config.tied_head else matrix(rngs, vocab | outer, std=std)
+        self.head_bias = constant(vocab, 0.0) if config.head_bias else None
+
+    def embed(
+        self, tokens: Int[Array, "B L"], positions: Int[Array, "B L"], dtype: DTypeLike
+    ) -> Float[Array, "B L D"]:
+        """The states that enter the first block."""
+        x = self.embedding[...][tokens].astype(dtype) * self.scale
+        if self.project_in is not None:
+            x = multiply(x, self.project_in)
+        if self.position_embedding is not None:
+            places = positions + self.offset
+            x += self.position_embedding[...][places].astype(dtype)
+        return x
+
+    def finish(self, x: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
+        """What the output projection reads."""
+        x = x if self.norm is None else self.norm(x)
+        return x if self.project_out is None else multiply(x, self.project_out)
 
 
 @functools.cache
@@ -288,12 +133,13 @@ def forward(
     compute_dtype: DTypeLike,
     remat: bool = False,
     constrain: Callable[[Array], Array] = lambda x: x,
-) -> tuple[Float[Array, "B L D"], Segment]:
+) -> tuple[Float[Array, "B L E"], Segment]:
     """The states of one stretch of tokens, given the stretches before it.
 
     A token sees the tokens of its own row up to itself, and every token of its group's past
-    segments; never one whose mask is False. Row b belongs to group b // (B // G) of a segment with
-    G groups, so a segment with one group is shared by all rows, and is not copied for them.
+    segments; in local layers only those in its window; never one whose mask is False. Row b belongs
+    to group b // (B // G) of a segment with G groups, so a segment with one group is shared by all
+    rows, and is not copied for them.
 
     Args:
       config: What the weights are of.
@@ -307,55 +153,95 @@ def forward(
       constrain: Applied to the states between blocks, to keep them laid out on a mesh.
 
     Returns:
-      The states after the final norm, and this stretch as a segment with B groups.
+      The states that the output projection reads, after the final norm, and this stretch as a
+      segment with B groups.
     """
     model = nnx.merge(_declare(config)[0], params)
-    x = model.embedding[...][tokens].astype(compute_dtype)
-    if model.position_embedding is not None:
-        x += model.position_embedding[...][positions].astype(compute_dtype)
-    turns = (
-        make_turns(positions, head_dim=config.head_dim, theta=config.rope_theta)
-        if config.positions == "rotary"
-        else None
-    )
-    visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None] & mask[:, None]
+    sights = [mask[:, None] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]]
+    sights += [segment.mask[:, None] for segment in past]
+    near = _near(config, positions, past)
+    turns = _turns(config, positions)
 
-    def step(x: Array, layer: tuple[Block, list[tuple[Array, Array]]]):
-        block, pairs = layer
-        seen = [
-            Stretch(k, v, segment.mask[:, None])
-            for (k, v), segment in zip(pairs, past, strict=True)
-        ]
-        change, key, value = block.attention(block.attention_norm(x), turns, visible, seen)
-        x = x + change
-        return constrain(x + block.mlp(block.mlp_norm(x))), (key, value)
+    def step(x: Array, layer: tuple[Block, Array | None, list[tuple[Array, Array]]]):
+        block, local, pairs = layer
+        own, *others = sights if local is None else _narrow(sights, near, local)
+        seen = [Stretch(*pair, visible) for pair, visible in zip(pairs, others, strict=True)]
+        x, key, value = block(x, _choose(turns, local), own, seen)
+        return constrain(x), (key, value)
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
+    local = jnp.array(config.local_layers) if any(config.local_layers) else None
     pairs = [(segment.keys, segment.values) for segment in past]
-    x, (keys, values) = jax.lax.scan(step, constrain(x), (model.blocks, pairs))
-    return model.norm(x), Segment(keys, values, positions, mask)
+    x = constrain(model.embed(tokens, positions, compute_dtype))
+    x, (keys, values) = jax.lax.scan(step, x, (model.blocks, local, pairs))
+    return model.finish(x), Segment(keys, values, positions, mask)
+
+
+def _near(
+    config: ModelConfig, positions: Int[Array, "B L"], past: Sequence[Segment]
+) -> list[Bool[Array, "B L T"]]:
+    """Which tokens of its own stretch, then of each past one, are in the window of each token.
+
+    Positions decide, so that a branch of a tree, or a token decoded behind a shared prefix, sees
+    what it would see in a flat row.
+    """
+    if config.window is None or not any(config.local_layers):
+        return []
+    stretches = [positions, *(segment.positions for segment in past)]
+    each = [jnp.repeat(x, positions.shape[0] // x.shape[0], axis=0) for x in stretches]
+    return [positions[:, :, None] - x[:, None] < config.window for x in each]
+
+
+def _narrow(sights: list[Array], near: list[Array], local: Bool[Array, ""]) -> list[Array]:
+    """What a layer sees: in the window if it is local, everything otherwise."""
+    rows = [
+        jnp.repeat(x, y.shape[0] // x.shape[0], axis=0) for x, y in zip(sights, near, strict=True)
+    ]
+    return [x & (y | ~local) for x, y in zip(rows, near, strict=True)]
+
+
+def _turns(config: ModelConfig, positions: Int[Array, "B L"]) -> list[Turns]:
+    """Rotary angles: none, those of all layers, or those of global and of local layers."""
+    if config.positions != "rotary":
+        return []
+    make = functools.partial(make_turns, positions, dims=config.turned_dims)
+    turns = [make(theta=config.rope_theta, scaling=config.rope_scaling)]
+    if any(config.local_layers) and config.local_rope_theta is not None:
+        turns.append(make(theta=config.local_rope_theta, scaling=None))
+    return turns
+
+
+def _choose(turns: list[Turns], local: Bool[Array, ""] | None) -> Turns | None:
+    """The angles of one layer."""
+    if local is None or len(turns) < 2:
+        return turns[0] if turns else None
+    cos, sin = (jnp.where(local, near, far) for far, near in zip(*turns, strict=True))
+    return cos, sin
 
 
 def head(
     config: ModelConfig, params: Params
-) -> tuple[Float[Array, "D V"], Float32[Array, " V"] | None]:
+) -> tuple[Float[Array, "E V"], Float32[Array, " V"] | None]:
     """The output projection, and what is added after it.
 
-    The second is None, or -inf for the rows that pad the vocabulary: a softmax over
-    `hidden @ weight + bias` never gives them anything.
+    The second is None where that is nothing. It holds -inf for the rows that pad the vocabulary: a
+    softmax over `hidden @ weight + bias` never gives them anything.
     """
     weight = (params["embedding"] if config.tied_head else params["head"]).T
-    if config.padded_vocab == config.vocab_size:
-        return weight, None
-    real = jnp.arange(config.padded_vocab) < config.vocab_size
-    return weight, jnp.where(real, 0.0, -jnp.inf)
+    bias = params["head_bias"] if config.head_bias else None
+    if config.padded_vocab > config.vocab_size:
+        real = jnp.arange(config.padded_vocab) < config.vocab_size
+        bias = jnp.where(real, 0.0 if bias is None else bias, -jnp.inf)
+    return weight, bias
 
 
 def logits(
-    config: ModelConfig, params: Params, hidden: Float[Array, "*rows D"]
+    config: ModelConfig, params: Params, hidden: Float[Array, "*rows E"]
 ) -> Float32[Array, "*rows V"]:
     """Scores of every token to come; -inf for the rows that pad the vocabulary."""
     weight, bias = head(config, params)
     scores = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if config.logit_cap is not None:
+        scores = config.logit_cap * jnp.tanh(scores / config.logit_cap)
     return scores if bias is None else scores + jnp.broadcast_to(bias, scores.shape)

@@ -22,6 +22,7 @@ EXAM_RULES: Mapping[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "positions": None,
+    "embedding": None,
     "norm": None,
 }
 """Weights whole on every device but for the tensor axis: decoding never gathers them."""
