@@ -172,9 +172,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name: a transformers config class without its ending, and what is passed to it."""
 
-LOCAL = ("gpt-neo", "gemma2", "gemma3", "mistral")
-"""Some of those with local layers."""
-
 
 def published_config(name: str) -> transformers.PreTrainedConfig:
     """The config of one of `PUBLISHED`, as transformers makes it."""
