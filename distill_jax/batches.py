@@ -1,24 +1,24 @@
-"""Attempts and rationales become `Batch` arrays, in seeded order.
+"""Attempts and rationales become the batches of a round, in seeded order.
 
 A row is one kept rationale. What it is paired with and where it stands in an epoch depend on the
 seed, the round and the epoch alone: not on the batch size of a device, nor on interruptions.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from distill_jax.packing import Grid, Item, Shape, Tokens, is_valid, pack, plan_shapes
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import GREEDY, Attempt, Question, Rationale
-from distill_jax.student.tree import Batch, Stretch
-from distill_jax.tokenizer import Tokenizer, common_length, padded_length
+from distill_jax.student.objective import Objective
+from distill_jax.student.tree import Batch
+from distill_jax.tokenizer import Tokenizer, common_length
 
 MAX_POSITIVES = 10
 MAX_NEGATIVES = 4
-Tokens = tuple[int, ...]
-NO_TOKENS: Tokens = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Rows:
     `len(rows) + sum(dropped.values())` is the number of rationales handed in.
     """
 
-    shared: Tokens  # what every prompt begins with
+    shared: Tokens  # what every prompt begins with, but for the last common token
     rows: tuple[Row, ...]
     dropped: Mapping[str, int]  # by reason
     num_cut_mistakes: int  # mistakes too long for the context: cut there, end token forced
@@ -78,7 +78,8 @@ def make_rows(
     asked = {row.question_id: questions[row.question_id] for row in rationales}
     prompts = {key: prompt(question) for key, question in asked.items()}
     heads = {key: tokenizer.encode_prompt(text) for key, text in prompts.items()}
-    num_shared = common_length(list(heads.values()))
+    # The last common token stays with the rows: demonstrations always go on with the same one.
+    num_shared = max(common_length(list(heads.values())) - 1, 0)
     shared = next(iter(heads.values()))[:num_shared] if num_shared else []
     encoded = _Encoder(tokenizer, prompts, heads, max_length)
     anchors = [encoded.anchor(row, asked[row.question_id]) for row in rationales]
@@ -205,99 +206,71 @@ def plan_epoch(
 def draw_pairs(
     rows: Rows, *, seed: int, round_index: int, epoch: int
 ) -> list[tuple[Tokens, Tokens]]:
-    """A positive and a negative for every row, drawn anew each epoch; empty without a pair."""
+    """A positive and a negative for every row, drawn anew each epoch; () from an empty pool."""
     rng = np.random.default_rng([seed, round_index, epoch, 1])
     draws = rng.random((len(rows.rows), 2))
 
     def draw(pool: tuple[Tokens, ...], number: float) -> Tokens:
-        return pool[int(number * len(pool))]
+        return pool[int(number * len(pool))] if pool else ()
 
     return [
         (draw(row.positives, x), draw(row.negatives, y))
-        if row.positives and row.negatives
-        else (NO_TOKENS, NO_TOKENS)
         for row, (x, y) in zip(rows.rows, draws, strict=True)
     ]
 
 
-def make_batches(
-    rows: Rows,
-    *,
-    batch_size: int,
-    multiple: int,
-    pairs: bool,
-    seed: int,
-    round_index: int,
-    epochs: int,
-    start: int = 0,
-) -> Iterator[tuple[int, Batch]]:
-    """The batches of a round from step `start` on, each with its epoch.
+@dataclass(frozen=True)
+class Course:
+    """All batches of a round, in an order that is known beforehand.
 
-    Args:
-      rows: What `make_rows` gave.
+    Attributes:
+      rows: What is trained on.
+      objective: What is made small; decides which branches a row has.
       batch_size: Rows per update.
-      multiple: The number of rows of a batch is a multiple of this; rows that only fill it have
-        `real` False.
-      pairs: Whether positives and negatives are wanted.
-      seed: With the round, all that the order depends on.
+      grid: Holds so many rows.
+      seed: With the round and the epoch, all that order and pairs depend on.
       round_index: From 1.
       epochs: Passes over the rows.
-      start: Batches already trained on.
     """
-    num_rows = -(-batch_size // multiple) * multiple
-    ids = [row.question_id for row in rows.rows]
-    done = 0
-    for epoch in range(epochs):
-        order = {"seed": seed, "round_index": round_index, "epoch": epoch}
-        plan = plan_epoch(ids, batch_size=batch_size, **order)
-        if done + len(plan) <= start:
+
+    rows: Rows
+    objective: Objective
+    batch_size: int
+    grid: Grid
+    seed: int
+    round_index: int
+    epochs: int
+
+    def __len__(self) -> int:
+        return sum(len(self._plan(epoch)) for epoch in range(self.epochs))
+
+    @functools.cached_property
+    def shapes(self) -> dict[Shape, Shape]:
+        """The shape of a batch by the sizes that it needs."""
+        return plan_shapes((items for _, items in self._items(0)), self.grid, self.objective)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
+        """The batches from step `start` on, each with its epoch."""
+        settings = {"shared": self.rows.shared, "objective": self.objective}
+        for epoch, items in self._items(start):
+            yield epoch, pack(items, self.grid, self.shapes, **settings)
+
+    def _items(self, start: int) -> Iterator[tuple[int, list[Item]]]:
+        done, order = 0, {"seed": self.seed, "round_index": self.round_index}
+        for epoch in range(self.epochs):
+            plan = self._plan(epoch)
+            skipped = min(max(start - done, 0), len(plan))
             done += len(plan)
-            continue
-        drawn = draw_pairs(rows, **order) if pairs else [(NO_TOKENS, NO_TOKENS)] * len(ids)
-        for indices in plan[max(start - done, 0) :]:
-            yield epoch, _collate(rows, indices, drawn, num_rows)
-        done += len(plan)
+            if skipped < len(plan):
+                pairs = draw_pairs(self.rows, **order, epoch=epoch)
+                for indices in plan[skipped:]:
+                    yield epoch, [self._item(self.rows.rows[i], *pairs[i]) for i in indices]
 
+    def _item(self, row: Row, positive: Tokens, negative: Tokens) -> Item:
+        item = Item(row.question, row.anchor, positive, negative)
+        return item if is_valid(item, self.objective) else Item(row.question, row.anchor)
 
-def num_steps(rows: Rows, *, batch_size: int, seed: int, round_index: int, epochs: int) -> int:
-    """How many batches `make_batches` gives in all."""
-    ids = [row.question_id for row in rows.rows]
-    order = {"batch_size": batch_size, "seed": seed, "round_index": round_index}
-    return sum(len(plan_epoch(ids, epoch=epoch, **order)) for epoch in range(epochs))
-
-
-def _collate(
-    rows: Rows, indices: Sequence[int], drawn: Sequence[tuple[Tokens, Tokens]], num_rows: int
-) -> Batch:
-    chosen = [rows.rows[i] for i in indices]
-    pairs = [drawn[i] for i in indices]
-    with_pairs = any(positive for positive, _ in drawn)
-    longest = max(
-        len(x) for row, pair in zip(chosen, pairs, strict=True) for x in (row.anchor, *pair)
-    )
-    width = padded_length(longest)
-    fill = num_rows - len(indices)
-    arrays: dict[str, Any] = {
-        "shared": np.asarray(rows.shared, np.int32),
-        "question": _stretch(
-            [row.question for row in chosen],
-            fill,
-            padded_length(max(len(r.question) for r in chosen)),
-        ),
-        "anchor": _stretch([row.anchor for row in chosen], fill, width),
-        "positive": _stretch([p for p, _ in pairs], fill, width if with_pairs else 0),
-        "negative": _stretch([n for _, n in pairs], fill, width if with_pairs else 0),
-        "valid": np.asarray([bool(p and n) for p, n in pairs] + [False] * fill),
-        "real": np.asarray([True] * len(chosen) + [False] * fill),
-    }
-    return Batch(**arrays)
-
-
-def _stretch(texts: Sequence[Tokens], fill: int, width: int) -> Stretch:
-    tokens = np.zeros((len(texts) + fill, width), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, ids in enumerate(texts):
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = True
-    arrays: dict[str, Any] = {"tokens": tokens, "mask": mask}
-    return Stretch(**arrays)
+    def _plan(self, epoch: int) -> list[list[int]]:
+        order = {"seed": self.seed, "round_index": self.round_index, "epoch": epoch}
+        ids = [row.question_id for row in self.rows.rows]
+        return plan_epoch(ids, batch_size=self.batch_size, **order)

@@ -121,9 +121,10 @@ class TrainConfig(Section):
 class ReflectionConfig(Section):
     """Learning from one's own mistakes."""
 
-    objective: Literal["triplet", "none"] = "triplet"
+    objective: Literal["triplet", "ranking", "dpo", "none"] = "triplet"
     weight: NotNegative = 0.5
-    margin: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0  # cosine distance
+    margin: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0  # triplet: cosine; ranking: nats a token
+    beta: Positive = 0.1  # dpo: how much a log ratio counts
     prefix_gradient: bool = False  # let the triplet loss's gradient into the prompt's states
 
 

@@ -22,7 +22,7 @@ from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import ask_teacher
 from distill_jax.teacher.tutor import serve
-from distill_jax.training import round_steps, train_round
+from distill_jax.training import make_course, train_round
 
 NO_MISTAKES = "every training question was answered right"
 NOTHING_KEPT = "none of the teacher's answers could be trained on"
@@ -252,7 +252,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         dropped_rows=dict(rows.dropped),
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
-        steps=round_steps(config, rows, round_index),
+        steps=len(make_course(config, school.student.mesh, rows, round_index)),
     )
     start = round_index - 1 if config.train.start == "previous" else 0
     with timed(school.folder, round_index, "train"):

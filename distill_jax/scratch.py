@@ -9,7 +9,7 @@ retellings were exact after 300 steps, with only one of the two 3% and 11%.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tokenizers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,13 +26,15 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_jax import weights
 from distill_jax.config import Config
+from distill_jax.packing import Item, make_grid, pack, plan_shapes
 from distill_jax.progress import Progress
 from distill_jax.prompts import clean_rationale, exam_prompt, target
 from distill_jax.questions.arithmetic import LARGEST, PEOPLE, Story, draw_story, wordings
 from distill_jax.records import Question
 from distill_jax.student.model import ModelConfig, Params, init_params, logical_axes
+from distill_jax.student.objective import Objective
 from distill_jax.student.step import TrainState, make_step, num_row_shards, put_batch
-from distill_jax.student.tree import Batch, Objective, Stretch
+from distill_jax.student.tree import Batch
 from distill_jax.teacher.explanation import NUM_WORDINGS, explain, phrases
 from distill_jax.tokenizer import Tokenizer
 
@@ -49,20 +50,14 @@ TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the t
 
 HEADS = 4
 MATRIX_RATE, OTHER_RATE = 6e-3, 2e-3
-PROMPT_WEIGHT = 0.1  # what is asked can't be foreseen, and trying to is mostly noise
+OBJECTIVE = Objective(reflection="none", prompt_weight=0.1)
+"""What is asked can't be foreseen, and trying to is mostly noise."""
+
 EMBEDDING_SCALE = 4.0  # of the usual one, which drowns in the first block's output
 
 
-class Shape(NamedTuple):
-    """A batch: how many documents, and the tokens of the longest prompt and target."""
-
-    size: int
-    prompt_length: int
-    target_length: int
-
-
-CARDS, STORIES = Shape(80, 5, 2), Shape(16, 48, 40)
-"""Steps take a batch of either in turn. Two shapes, so two compilations."""
+CARDS, STORIES = 80, 16
+"""Documents of a batch; steps take a batch of either in turn."""
 
 
 class Document(NamedTuple):
@@ -91,15 +86,14 @@ def make_student(
     model = make_model(config.scratch.width, config.scratch.layers, len(tokenizer))
     random, max_value = Random(f"scratch text {config.seed}"), config.task.max_value
     exam_texts = {question.text for question in questions}
-    documents = {
-        CARDS: draw_cards(random, max_value=max_value),
-        STORIES: draw_stories(random, max_value=max_value, exam_texts=exam_texts),
-    }
-    backend, num_shards = tokenizer.backend_tokenizer, num_row_shards(mesh)
-    batches = (
-        make_batch(documents[shape], shape, backend, num_shards)
-        for shape in islice(cycle(documents), config.scratch.steps)
-    )
+    cards = draw_cards(random, max_value=max_value)
+    stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts)
+    backend, steps = tokenizer.backend_tokenizer, config.scratch.steps
+    kinds = islice(cycle([(cards, CARDS), (stories, STORIES)]), steps)
+    items = [encode(islice(documents, size), backend) for documents, size in kinds]
+    grid = make_grid(CARDS, microbatches=1, shards=num_row_shards(mesh))
+    shapes = plan_shapes(items, grid, OBJECTIVE, limit=2)  # one of cards and one of stories
+    batches = (pack(group, grid, shapes, shared=(), objective=OBJECTIVE) for group in items)
     params = _train(config, model, batches, mesh=mesh, progress=progress)
     weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
 
@@ -189,43 +183,22 @@ def draw_stories(
             yield _document(RETELLING.format(story=story.text), f" {story.text}")
 
 
-def make_batch(
-    documents: Iterator[Document], shape: Shape, tokenizer: tokenizers.Tokenizer, num_shards: int
-) -> Batch:
-    """The next documents as rows of a `Batch`: the prompt is the question, the target the anchor.
+def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer) -> list[Item]:
+    """Documents as rows of a batch: the prompt, and the target as its anchor.
 
     Args:
-      documents: As many as the shape says are taken from it.
-      shape: What they must fit.
+      documents: Of one batch.
       tokenizer: The one inside that of `make_tokenizer`.
-      num_shards: The rows are rounded up to a multiple of it; those added weigh nothing.
     """
-    taken = list(islice(documents, shape.size))
-    size = -(-len(taken) // num_shards) * num_shards
     prompts, targets = (
-        [encoded.ids for encoded in tokenizer.encode_batch(texts, add_special_tokens=False)]
-        for texts in zip(*taken, strict=True)
+        [encoded.ids for encoded in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        for texts in zip(*documents, strict=True)
     )
     begin, end = (tokenizer.get_vocab()[token] for token in (BEGIN, END))
-    none = _stretch([], size, 0)
-    return Batch(
-        jnp.zeros(0, jnp.int32),
-        _stretch([[begin, *ids] for ids in prompts], size, shape.prompt_length),
-        _stretch([[*ids, end] for ids in targets], size, shape.target_length),
-        positive=none,
-        negative=none,
-        valid=jnp.zeros(size, bool),
-        real=jnp.arange(size) < len(taken),
-    )
-
-
-def _stretch(texts: Sequence[Sequence[int]], size: int, length: int) -> Stretch:
-    tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-    for row, ids in enumerate(texts):
-        assert len(ids) <= length, f"{len(ids)} tokens do not fit in {length}"
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = True
-    return Stretch(jnp.asarray(tokens), jnp.asarray(mask))
+    return [
+        Item((begin, *prompt), (*target, end))
+        for prompt, target in zip(prompts, targets, strict=True)
+    ]
 
 
 def _document(asked: str, target: str) -> Document:
@@ -259,7 +232,7 @@ def _train(
     step = make_step(
         model,
         optimizer,
-        Objective(prompt_weight=PROMPT_WEIGHT, reflection="none"),
+        OBJECTIVE,
         mesh=mesh,
         state_shardings=jax.tree.map(lambda x: x.sharding, state),
         compute_dtype=jnp.dtype(config.student.compute_dtype),

@@ -3,23 +3,25 @@
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
-from distill_jax.batches import Rows, make_batches, num_steps
+from distill_jax.batches import Course, Rows
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
 from distill_jax.config import Config
+from distill_jax.packing import make_grid
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
+from distill_jax.student.flops import peak_flops, step_flops
 from distill_jax.student.model import ModelConfig, Params
+from distill_jax.student.objective import Objective
 from distill_jax.student.step import (
-    TrainState,
     init_state,
     make_optimizer,
     make_step,
@@ -27,7 +29,9 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
-from distill_jax.student.tree import Batch, Objective, computed_tokens
+
+WINDOW = 10
+"""Steps that rates are taken over."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -72,32 +76,37 @@ def train_round(
         train.learning_rates[min(round_index, len(train.learning_rates)) - 1], train.warmup_steps
     )
     optimizer = make_optimizer(schedule, train.weight_decay)
-    state, layout = init_state(load(), optimizer, mesh)
-    step = _compile(config, model, mesh, optimizer, layout)
-    total = round_steps(config, rows, round_index)
+    course = make_course(config, mesh, rows, round_index)
+    params = load()
+    reference = _copy(params, config) if course.objective.reflection == "dpo" else None
+    state, layout = init_state(params, optimizer, mesh)
+    step = make_step(
+        model,
+        optimizer,
+        course.objective,
+        mesh=mesh,
+        state_shardings=layout,
+        compute_dtype=jnp.dtype(config.student.compute_dtype),
+        remat=train.remat,
+    )
+    total, kind = len(course), mesh.devices.flat[0].device_kind
+    peak = mesh.size * (peak_flops(kind) or 0.0)
     with TrainingCheckpoints(folder / "training") as checkpoints:
         state = checkpoints.restore(abstract(state)) or state
         done = int(state.step)
         figures = _Figures(folder / "metrics.jsonl", round_index, done)
-        batches = make_batches(
-            rows,
-            batch_size=train.batch_size,
-            multiple=num_row_shards(mesh) * num_microbatches(config),
-            pairs=config.reflection.objective != "none",
-            seed=config.seed,
-            round_index=round_index,
-            epochs=train.epochs,
-            start=done,
-        )
+        progress.note(f"training, round {round_index}: {_tell_shapes(course)}")
         title = f"training, round {round_index}"
         with progress.stage(title, total=total, unit="steps", done=done) as advance:
-            for index, (epoch, batch) in enumerate(batches, start=done):
-                state, metrics = step(state, put_batch(batch, mesh))
+            for index, (epoch, batch) in enumerate(course.batches(done), start=done):
+                state, metrics = step(state, put_batch(batch, mesh), reference)
                 facts = {
                     "step": index,
                     "epoch": epoch,
                     "learning_rate": float(jnp.asarray(schedule(index))),
-                    "computed_tokens": computed_tokens(batch),
+                    "computed_tokens": batch.tokens.size,
+                    "flops": step_flops(model, batch.counts),
+                    "peak_flops": peak,
                 }
                 advance(1, figures.add(facts, metrics))
                 if (index + 1) % train.checkpoint_every == 0 and index + 1 < total:
@@ -109,39 +118,34 @@ def train_round(
     return state.params
 
 
-def _compile(
-    config: Config,
-    model: ModelConfig,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    layout: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    return make_step(
-        model,
-        optimizer,
-        make_objective(config),
-        mesh=mesh,
-        state_shardings=layout,
-        compute_dtype=jnp.dtype(config.student.compute_dtype),
-        microbatches=num_microbatches(config),
-        remat=config.train.remat,
-    )
-
-
-def num_microbatches(config: Config) -> int:
-    """Into how many parts a batch is cut, computed one after the other."""
-    return config.train.batch_size // config.train.microbatch_size
-
-
-def round_steps(config: Config, rows: Rows, round_index: int) -> int:
-    """How many updates a round has."""
-    return num_steps(
+def make_course(config: Config, mesh: Mesh, rows: Rows, round_index: int) -> Course:
+    """All batches of a round."""
+    train, shards = config.train, num_row_shards(mesh)
+    microbatches = train.batch_size // train.microbatch_size
+    return Course(
         rows,
-        batch_size=config.train.batch_size,
+        make_objective(config),
+        train.batch_size,
+        make_grid(train.batch_size, microbatches=microbatches, shards=shards),
         seed=config.seed,
         round_index=round_index,
-        epochs=config.train.epochs,
+        epochs=train.epochs,
     )
+
+
+def _copy(params: Params, config: Config) -> Params:
+    """The weights that the round begins with, for DPO to compare with."""
+    dtype = jnp.dtype(config.student.compute_dtype)
+    return jax.jit(lambda x: jax.tree.map(lambda leaf: leaf.astype(dtype) + 0, x))(params)
+
+
+def _tell_shapes(course: Course) -> str:
+    shapes = sorted(set(course.shapes.values()))
+    sizes = ", ".join(
+        f"{len(course.rows.shared) + course.grid.shards * x.tokens:,}" for x in shapes
+    )
+    programs = f"{len(shapes)} programs are" if len(shapes) > 1 else "1 program is"
+    return f"{programs} compiled, for {sizes} tokens a step"
 
 
 def make_objective(config: Config) -> Objective:
@@ -152,6 +156,7 @@ def make_objective(config: Config) -> Objective:
         reflection=reflection.objective,
         reflection_weight=reflection.weight,
         margin=reflection.margin,
+        beta=reflection.beta,
         prefix_gradient=reflection.prefix_gradient,
     )
 
@@ -169,6 +174,7 @@ class _Figures:
         self._rows.keep(done)
         self._waiting: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
+        self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
 
     def add(self, facts: dict[str, Any], metrics: dict[str, jax.Array]) -> str:
         """Takes the figures of one step; returns a few words on the step before it."""
@@ -186,6 +192,11 @@ class _Figures:
         now = time.monotonic()
         row = {"round": self._round, **facts, **values, "seconds": round(now - self._last, 4)}
         self._last = now
+        self._window.append((values["useful_tokens"], row["flops"], row["seconds"]))
+        tokens, flops, seconds = map(sum, zip(*self._window, strict=True))
+        row["tokens_per_second"] = round(tokens / seconds, 1)
+        if row["peak_flops"]:
+            row["flops_utilisation"] = round(flops / seconds / row["peak_flops"], 4)
         if not all(math.isfinite(value) for value in values.values()):
             raise TrainingDiverged(
                 f"round {self._round}, step {row['step']}: the loss is {values['loss']} and the "
@@ -193,7 +204,7 @@ class _Figures:
                 "student.compute_dtype=float32, and run again."
             )
         self._rows.append([row])
-        return f"loss {values['loss']:.4f}"
+        return f"loss {values['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
 
     def finish(self) -> None:
         """Makes the lines the round's finished `metrics.jsonl`."""

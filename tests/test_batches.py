@@ -1,17 +1,22 @@
 """Rows, their order and their pairs: every rationale once per epoch, nothing twice."""
 
 from collections import Counter
+from collections.abc import Iterable
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import find_rows
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill_jax.batches import Rows, make_batches, make_rows, num_steps, plan_epoch
+from distill_jax.batches import Course, Rows, make_rows, plan_epoch
+from distill_jax.packing import make_grid
 from distill_jax.records import Attempt, Question, Rationale
+from distill_jax.student.objective import Objective
 from distill_jax.tokenizer import Tokenizer
 
 DEMO = "Question: what is one and one?\nReasoning: 1 + 1 = 2.\nAnswer: 2\n"
@@ -33,8 +38,8 @@ def make_letters() -> Tokenizer:
 LETTERS = make_letters()
 
 
-def spell(ids: np.ndarray, mask: np.ndarray) -> str:
-    return "".join(map(chr, ids[mask]))
+def spell(ids: Iterable[int]) -> str:
+    return "".join(map(chr, ids))
 
 
 def question(name: str) -> Question:
@@ -65,9 +70,9 @@ def rows_of(rationales: list[Rationale], attempts: list[Attempt], max_length: in
 def test_rows_share_the_beginning_of_all_prompts_and_end_with_the_end_token():
     rows = rows_of([rationale("two", "a"), rationale("three", "b c")], [])
     shared = "".join(map(chr, rows.shared))
-    assert shared == f"{DEMO}\nQuestion: what is t"
+    assert shared == f"{DEMO}\nQuestion: what is "
     first, second = rows.rows
-    assert "".join(map(chr, first.question)) == "wo?\nReasoning:"
+    assert "".join(map(chr, first.question)) == "two?\nReasoning:"
     assert "".join(map(chr, second.anchor[:-1])) == " b c\nAnswer: 4"
     assert second.anchor[-1] == END
 
@@ -134,73 +139,73 @@ def rows() -> Rows:
     return rows_of(rationales, attempts)
 
 
-def batches(rows: Rows, **changes) -> list:
-    settings = {
-        "batch_size": 4,
-        "multiple": 1,
-        "pairs": True,
-        "seed": 5,
-        "round_index": 1,
-        "epochs": 3,
-    }
-    return list(make_batches(rows, **{**settings, **changes}))
+def make_course(rows: Rows, *, reflection="triplet", lines: int = 1, epochs: int = 3) -> Course:
+    return Course(
+        rows,
+        Objective(reflection=reflection),
+        batch_size=4,
+        grid=make_grid(4, microbatches=1, shards=lines),
+        seed=5,
+        round_index=1,
+        epochs=epochs,
+    )
 
 
-def test_batches_hold_the_rows_of_each_epoch(rows: Rows):
-    expected = Counter(spell_row(rows, row) for row in rows.rows)
-    found = batches(rows)
-    assert len(found) == num_steps(rows, batch_size=4, seed=5, round_index=1, epochs=3)
+@pytest.mark.parametrize("lines", [1, 3])
+def test_batches_hold_the_rows_of_each_epoch(rows: Rows, lines: int):
+    expected = Counter(spell((*row.question, *row.anchor)) for row in rows.rows)
+    course = make_course(rows, lines=lines)
+    found = list(course.batches())
+    assert len(found) == len(course)
     for epoch in range(3):
         texts = Counter(
-            spell(batch.question.tokens[i], batch.question.mask[i])
-            + spell(batch.anchor.tokens[i], batch.anchor.mask[i])
+            spell((*row.prompt, *row.live[0]))
             for at, batch in found
             if at == epoch
-            for i in np.flatnonzero(batch.real)
+            for row in find_rows(batch)
         )
         assert texts == expected
 
 
-def spell_row(rows: Rows, row) -> str:
-    return "".join(map(chr, (*row.question, *row.anchor)))
-
-
 def test_starting_late_gives_the_same_batches(rows: Rows):
-    whole = batches(rows)
+    course = make_course(rows)
+    whole = list(course.batches())
     for start in (1, 5, len(whole) - 1):
         for (epoch, batch), (late_epoch, late) in zip(
-            whole[start:], batches(rows, start=start), strict=True
+            whole[start:], make_course(rows).batches(start), strict=True
         ):
             assert epoch == late_epoch
-            assert all(np.array_equal(a, b) for a, b in zip(flat(batch), flat(late), strict=True))
+            for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(late), strict=True):
+                assert np.array_equal(a, b)
 
 
-def flat(batch) -> list[np.ndarray]:
-    parts = (batch.question, batch.anchor, batch.positive, batch.negative)
-    return [batch.shared, batch.valid, batch.real, *(array for part in parts for array in part)]
-
-
-def test_rows_that_fill_a_batch_are_not_real_and_hold_nothing(rows: Rows):
-    for _, batch in batches(rows, multiple=8):
-        assert batch.real.shape == (8,) and batch.real.sum() <= 4
-        for part in (batch.question, batch.anchor, batch.positive, batch.negative):
-            assert not part.mask[~batch.real].any()
-        assert not batch.valid[~batch.real].any()
+def test_the_batches_of_a_round_have_few_shapes(rows: Rows):
+    course = make_course(rows, epochs=20)
+    shapes = {tuple(x.shape for x in jax.tree.leaves(batch)) for _, batch in course.batches()}
+    assert len(course.shapes) > 1 and len(shapes) <= len(set(course.shapes.values())) <= 4
 
 
 def test_pairs_are_drawn_anew_each_epoch_and_belong_to_their_question(rows: Rows):
     drawn: dict[str, set[str]] = {}
-    for _, batch in batches(rows, epochs=12):
-        for i in np.flatnonzero(batch.valid):
-            anchor = spell(batch.anchor.tokens[i], batch.anchor.mask[i])
-            positive = spell(batch.positive.tokens[i], batch.positive.mask[i])
-            negative = spell(batch.negative.tokens[i], batch.negative.mask[i])
-            assert positive != anchor and "wrong" in negative
-            name = spell(batch.question.tokens[i], batch.question.mask[i])
-            drawn.setdefault(name + anchor, set()).add(negative)
+    for _, batch in make_course(rows, epochs=12).batches():
+        for row in find_rows(batch):
+            anchor, positive, negative = map(spell, row.cut)
+            if row.valid:
+                assert positive != anchor == spell(row.live[0]) and "wrong" in negative
+                drawn.setdefault(spell(row.prompt) + anchor, set()).add(negative)
+            else:
+                assert not positive and not negative
     assert drawn and all(len(negatives) == 2 for negatives in drawn.values())
 
 
-def test_without_pairs_there_are_no_branches(rows: Rows):
-    _, batch = batches(rows, pairs=False)[0]
-    assert batch.positive.tokens.shape == (4, 0) and not batch.valid.any()
+def test_likelihoods_need_no_second_right_rationale(rows: Rows):
+    def count(reflection: str) -> int:
+        batches = make_course(rows, reflection=reflection, epochs=1).batches()
+        return sum(int(batch.counts.valid) for _, batch in batches)
+
+    assert count("triplet") == rows.num_pairs < count("ranking") == count("dpo")
+
+
+def test_without_reflection_there_is_one_branch(rows: Rows):
+    for _, batch in make_course(rows, reflection="none").batches():
+        assert batch.live.shape[3] == 1 and batch.cut.shape[3] == 0

@@ -34,7 +34,10 @@ def write(path: Path, values: dict) -> Path:
         ({"train": {"remat": 1}}, "train.remat: input should be a valid boolean; got 1."),
         ({"train": 5}, "train: input should be a valid dictionary"),
         ({"exam": {"top_p": 0}}, "exam.top_p: input should be greater than 0; got 0."),
-        ({"reflection": {"objective": "trplet"}}, "should be 'triplet' or 'none'; got 'trplet'."),
+        (
+            {"reflection": {"objective": "trplet"}},
+            "should be 'triplet', 'ranking', 'dpo' or 'none'; got 'trplet'.",
+        ),
         ({"task": {"name": "gms8k"}}, "got 'gms8k'; did you mean gsm8k?"),
         ({"task": {"name": "arithmetic"}}, "task.num_train says how many arithmetic questions"),
         ({"train": {"microbatch_size": 5}}, "must divide train.batch_size (16); got 5."),

@@ -13,7 +13,8 @@ questions.raw_files questions.equations questions.rows questions.published quest
 questions.own_file questions.arithmetic questions
 prompts tokenizer
 student.sharding student.architecture student.attention student.blocks student.model
-student.losses student.tree student.step student.sampling student.decode
+student.losses student.tree student.objective student.flops student.step
+student.sampling student.decode
 families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families
@@ -21,7 +22,7 @@ families.layout families.config_json families.arrays weights
 run_folder progress checkpoint generate exam
 teacher.ledger teacher.reply teacher.governor teacher.account teacher.client
 teacher.lesson teacher.explanation teacher.tutor
-batches scratch
+packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
 training school rounds exchange cli __main__

@@ -8,7 +8,7 @@ import pytest
 from distill_jax.student.losses import (
     cosine_distance,
     last_state,
-    lm_loss_sum,
+    prediction_costs,
     triplet_costs,
     triplet_loss,
 )
@@ -65,34 +65,33 @@ def test_last_state_is_that_of_the_last_real_token():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
-def test_lm_loss_and_its_gradient_do_not_depend_on_the_chunk(chunk: int):
+def test_costs_of_predictions_and_their_gradient_do_not_depend_on_the_chunk(chunk: int):
     rng = np.random.default_rng(2)
-    hidden, head = rng.normal(size=(13, 6)), rng.normal(size=(6, 9))
-    targets, weights = rng.integers(0, 9, 13), rng.random(13) * (rng.random(13) > 0.3)
+    hidden, head = rng.normal(size=(2, 13, 6)), rng.normal(size=(6, 9))
+    targets, weights = rng.integers(0, 9, (2, 13)), rng.random((2, 13))
     scores = hidden @ head
     log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    expected = -(weights * log_p[np.arange(13), targets]).sum()
-    p = np.exp(log_p)
-    p[np.arange(13), targets] -= 1.0
-    expected_gradient = hidden.T @ (weights[:, None] * p)
+    expected = -np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    wrong = np.exp(log_p) - np.eye(9)[targets]
+    expected_gradient = np.einsum("std,stv->dv", hidden, weights[..., None] * wrong)
 
-    def loss(head: jax.Array) -> jax.Array:
+    def costs(head: jax.Array) -> jax.Array:
         arrays = (jnp.asarray(hidden, jnp.float32), jnp.asarray(targets, jnp.int32))
-        weight = jnp.asarray(weights, jnp.float32)
-        return lm_loss_sum(*arrays, weight, lambda x: x @ head, chunk=chunk)
+        return prediction_costs(*arrays, lambda x: x @ head, chunk=chunk)
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(head, jnp.float32))
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    matrix = jnp.asarray(head, jnp.float32)
+    np.testing.assert_allclose(costs(matrix), expected, rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda head: jnp.sum(costs(head) * jnp.asarray(weights)))(matrix)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=2e-5)
 
 
 def test_no_array_of_all_tokens_by_vocabulary_lives():
-    hidden, head = jnp.ones((64, 4)), jnp.ones((4, 50))
-    targets, weights = jnp.zeros(64, jnp.int32), jnp.ones(64)
+    hidden, head = jnp.ones((1, 64, 4)), jnp.ones((4, 50))
+    targets = jnp.zeros((1, 64), jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return lm_loss_sum(hidden, targets, weights, lambda x: x @ head, chunk=8)
+        return jnp.sum(prediction_costs(hidden, targets, lambda x: x @ head, chunk=8))
 
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head))
     assert "8,50]" in text
-    assert "64,50]" not in text and "8,8,50]" not in text
+    assert "64,50]" not in text and "8,8,50]" not in text and "8,1,8,50]" not in text

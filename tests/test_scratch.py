@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import find_rows
 
 from distill_jax import scratch
 from distill_jax.config import Config, TutorConfig, parse_config
+from distill_jax.packing import make_grid, pack, plan_shapes
 from distill_jax.progress import Progress
 from distill_jax.prompts import (
     clean_rationale,
@@ -178,22 +180,20 @@ def test_no_document_holds_a_question_of_the_exam():
     assert leaks(stories(exam_texts=exam, **small)) == 0
 
 
-@pytest.mark.parametrize("shape", [scratch.CARDS, scratch.STORIES], ids=["cards", "stories"])
-def test_a_batch_holds_the_documents_and_nothing_else(shape: scratch.Shape):
-    drawn = cards() if shape == scratch.CARDS else stories()
-    batch = scratch.make_batch(iter(drawn), shape, BACKEND, 3)
-    size = -(-shape.size // 3) * 3
-    assert batch.question.tokens.shape == (size, shape.prompt_length)
-    assert batch.anchor.tokens.shape == (size, shape.target_length)
-    assert list(batch.real) == [True] * shape.size + [False] * (size - shape.size)
+@pytest.mark.parametrize("kind", ["cards", "stories"])
+def test_a_batch_holds_the_documents_and_nothing_else(kind: str):
+    drawn = cards()[:7] if kind == "cards" else stories()[:7]
+    items = scratch.encode(iter(drawn), BACKEND)
+    grid = make_grid(9, microbatches=1, shards=3)
+    shapes = plan_shapes([items], grid, scratch.OBJECTIVE)
+    batch = pack(items, grid, shapes, shared=(), objective=scratch.OBJECTIVE)
     begin, end = (BACKEND.token_to_id(token) for token in (scratch.BEGIN, scratch.END))
-    for row, document in enumerate(drawn[: shape.size]):
-        asked = np.asarray(batch.question.tokens[row])[np.asarray(batch.question.mask[row])]
-        told = np.asarray(batch.anchor.tokens[row])[np.asarray(batch.anchor.mask[row])]
-        assert asked[0] == begin and BACKEND.decode(asked[1:].tolist()) == document.prompt
-        assert told[-1] == end and BACKEND.decode(told[:-1].tolist()) == document.target
-    assert not batch.anchor.mask[shape.size :].any() and not batch.valid.any()
-    assert batch.shared.size == batch.positive.tokens.size == batch.negative.tokens.size == 0
+    found = set()
+    for row in find_rows(batch):
+        assert row.prompt[0] == begin and row.live[0][-1] == end and not row.cut
+        found.add((BACKEND.decode(row.prompt[1:]), BACKEND.decode(row.live[0][:-1])))
+    assert found == set(drawn)
+    assert batch.counts.real == 7 and not batch.valid.any()
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_adam_the_rest():

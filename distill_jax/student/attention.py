@@ -70,6 +70,14 @@ def rotate(x: Float[Array, "B L n H"], by: Turns, *, interleaved: bool) -> Float
     return jnp.concatenate([both.reshape(turned.shape).astype(x.dtype), kept], axis=-1)
 
 
+class Share(NamedTuple):
+    """What one stretch adds to a softmax over several: sums over its tokens, relative to `top`."""
+
+    top: Float32[Array, "B L K R"]
+    total: Float32[Array, "B L K R"]
+    mixed: Float32[Array, "B L K R H"]
+
+
 def attend(
     query: Float[Array, "B L heads H"],
     stretches: Sequence[Stretch],
@@ -79,45 +87,77 @@ def attend(
 ) -> Float[Array, "B L heads H"]:
     """One softmax over all stretches, which are never laid side by side.
 
-    All queries of a group and key head are one matrix, [G K, S L R, H], so that each stretch costs
-    plain batched products: written as one contraction over six dims, XLA's CPU backend is several
-    times slower. Only what has no T (maxima, sums, mixed values) is brought together, as
-    [B, L, K, R, ...]. A token that sees nothing gets zeros.
-
     Args:
       query: With their positions applied.
       stretches: What is attended to.
       scale: Scores are multiplied by it.
       cap: Then they are bent into plus or minus this; None leaves them.
     """
+    return merge([weigh(query, stretch, scale=scale, cap=cap) for stretch in stretches], query)
+
+
+def weigh(
+    query: Float[Array, "B L heads H"],
+    stretch: Stretch,
+    reaches: Bool[Array, "B L"] | None = None,
+    *,
+    scale: float,
+    cap: float | None,
+) -> Share:
+    """What one stretch adds to the softmax.
+
+    All queries of a group and key head are one matrix, [G K, S L R, H], so that a stretch costs
+    plain batched products: written as one contraction over six dims, XLA's CPU backend is several
+    times slower.
+
+    Args:
+      query, scale, cap: As in `attend`.
+      stretch: What is attended to.
+      reaches: False where a query sends no gradient into keys and values; None where all do.
+    """
     rows, length, heads, head_dim = query.shape
-    kv_heads = stretches[0].keys.shape[1]
+    groups, kv_heads = stretch.keys.shape[:2]
     shape = (rows, length, kv_heads, heads // kv_heads)
-    query = (query * scale).reshape(*shape, head_dim)
-    groups = [stretch.keys.shape[0] for stretch in stretches]
-    scores = [_score(query, *parts, cap) for parts in zip(stretches, groups, strict=True)]
-    tops = functools.reduce(
-        jnp.maximum,
-        (_by_row(x.max(axis=-1), g, shape) for x, g in zip(scores, groups, strict=True)),
-    )
-    # Any constant gives the same softmax; the largest score of all stretches keeps it in range.
-    tops = jax.lax.stop_gradient(jnp.maximum(tops, jnp.finfo(jnp.float32).min))
-    total, mixed = jnp.zeros(shape), jnp.zeros(query.shape)
-    for score, stretch, g in zip(scores, stretches, groups, strict=True):
-        weights = jnp.exp(score - _by_group(tops, g)[..., None])
-        total += _by_row(weights.sum(axis=-1), g, shape)
-        values = _by_head(stretch.values)
-        mixed += _by_row(_product("xmt,xth->xmh", weights.astype(values.dtype), values), g, shape)
-    mixed /= jnp.where(total > 0, total, 1.0)[..., None]
-    return mixed.astype(query.dtype).reshape(rows, length, heads, head_dim)
+    if reaches is not None:
+        lets = jnp.broadcast_to(reaches[:, :, None, None], shape)
+        reaches = _by_group(lets, groups)
+    scores = _score((query * scale).reshape(*shape, head_dim), stretch, groups, cap, reaches)
+    # Any constant gives the same softmax; the largest score keeps it in range.
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1), jnp.finfo(jnp.float32).min))
+    weights = jnp.exp(scores - top[..., None])
+    values = _by_head(stretch.values)
+    mixed = _mix(weights.astype(values.dtype), values, reaches)
+    return Share(*(_by_row(x, groups, shape) for x in (top, weights.sum(axis=-1), mixed)))
+
+
+def merge(
+    shares: Sequence[Share], like: Float[Array, "B L heads H"]
+) -> Float[Array, "B L heads H"]:
+    """The softmax over all stretches, in shape and dtype of `like`; zeros where nothing is seen."""
+    share = functools.reduce(add_up, shares)
+    mixed = share.mixed / jnp.where(share.total > 0, share.total, 1.0)[..., None]
+    return mixed.astype(like.dtype).reshape(like.shape)
+
+
+def add_up(first: Share, second: Share) -> Share:
+    """What two stretches add together."""
+    top = jnp.maximum(first.top, second.top)
+    x, y = jnp.exp(first.top - top), jnp.exp(second.top - top)
+    mixed = first.mixed * x[..., None] + second.mixed * y[..., None]
+    return Share(top, first.total * x + second.total * y, mixed)
 
 
 def _score(
-    query: Float[Array, "B L K R H"], stretch: Stretch, groups: int, cap: float | None
+    query: Float[Array, "B L K R H"],
+    stretch: Stretch,
+    groups: int,
+    cap: float | None,
+    reaches: Bool[Array, "x m"] | None,
 ) -> Array:
     """Scores of one stretch, [G K, S L R, T]; -inf where a query does not see a token."""
     rows, length, kv_heads, repeats, _ = query.shape
-    scores = _product("xmh,xth->xmt", _by_group(query, groups), _by_head(stretch.keys))
+    keys = _by_head(stretch.keys)
+    scores = _mix(_by_group(query, groups), keys.swapaxes(1, 2), reaches)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     apart = scores.reshape(groups, kv_heads, rows // groups, length, repeats, scores.shape[-1])
@@ -125,7 +165,34 @@ def _score(
     return jnp.where(visible[:, None, :, :, None], apart, -jnp.inf).reshape(scores.shape)
 
 
-_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+def _mix(
+    left: Float[Array, "x m i"], right: Float[Array, "x i o"], reaches: Bool[Array, "x m"] | None
+) -> Float32[Array, "x m o"]:
+    """A product whose right side gets a gradient only from the rows that reach it."""
+    return _product(left, right) if reaches is None else _cut_product(left, right, reaches)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _cut_product(left: Array, right: Array, reaches: Array) -> Array:
+    return _product(left, right)
+
+
+def _cut_forward(left: Array, right: Array, reaches: Array) -> tuple[Array, tuple]:
+    return _product(left, right), (left, right, reaches)
+
+
+def _cut_backward(kept: tuple[Array, Array, Array], grad: Array) -> tuple[Array, Array, None]:
+    left, right, reaches = kept
+    to_left = _product(grad.astype(right.dtype), right.swapaxes(1, 2)).astype(left.dtype)
+    reaching = jnp.where(reaches[..., None], grad, 0.0).astype(left.dtype)
+    return to_left, _product(left.swapaxes(1, 2), reaching).astype(right.dtype), None
+
+
+_cut_product.defvjp(_cut_forward, _cut_backward)
 
 
 def _by_group(x: Array, groups: int) -> Array:

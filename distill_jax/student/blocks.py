@@ -1,20 +1,24 @@
 """The parts of a decoder: one declaration per weight, and what each part computes.
 
-Letters: B rows, L tokens of a row, G groups of a stretch, T tokens of a stretch, K key and value
-heads, H head dim, D width, E length of an embedding, n heads of queries or keys.
+Letters: B rows, L tokens of a row, K key and value heads, H head dim, D width, n heads of queries
+or keys.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from distill_jax.student.architecture import ACTIVATIONS, ModelConfig
-from distill_jax.student.attention import Stretch, Turns, attend, rotate
+from distill_jax.student.attention import Turns, rotate
+
+Look = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
+queries, and whatever the caller keeps: who sees whom is the caller's business."""
 
 
 def matrix(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
@@ -64,15 +68,14 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Every token looks at its own stretch, up to itself, and at all past segments."""
+    """Queries, keys and values of every token, and the way back from what was mixed."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, size = {"embed": config.width}, {"head_dim": config.head_dim}
         queries, keys = {"heads": config.heads} | size, {"kv_heads": config.kv_heads} | size
         std, biased = config.width**-0.5, config.attention_bias
         out_std = (2 * config.layers * config.heads * config.head_dim) ** -0.5
-        self.scale = (config.query_scalar or config.head_dim) ** -0.5
-        self.cap, self.interleaved = config.attention_cap, config.rotary_interleaved
+        self.interleaved = config.rotary_interleaved
         self.query = matrix(rngs, width | queries, std=std)
         self.key = matrix(rngs, width | keys, std=std)
         self.value = matrix(rngs, width | keys, std=std)
@@ -85,19 +88,12 @@ class Attention(nnx.Module):
         self.key_norm = Norm(config, size) if config.query_key_norm else None
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        turns: Turns | None,
-        visible: Bool[Array, "B L L"],
-        past: Sequence[Stretch],
-    ) -> tuple[Float[Array, "B L D"], Float[Array, "B K L H"], Float[Array, "B K L H"]]:
+        self, x: Float[Array, "B L D"], turns: Turns | None, look: Look
+    ) -> tuple[Float[Array, "B L D"], Any]:
         query = self._place(multiply(x, self.query, self.query_bias), self.query_norm, turns)
         key = self._place(multiply(x, self.key, self.key_bias), self.key_norm, turns)
-        value = multiply(x, self.value, self.value_bias)
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        stretches = [*past, Stretch(key, value, visible)]
-        mixed = attend(query, stretches, scale=self.scale, cap=self.cap)
-        return multiply(mixed, self.out, self.out_bias, dims=2), key, value
+        mixed, kept = look(query, key, multiply(x, self.value, self.value_bias))
+        return multiply(mixed, self.out, self.out_bias, dims=2), kept
 
     def _place(
         self, x: Float[Array, "B L n H"], norm: Norm | None, turns: Turns | None
@@ -143,17 +139,19 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs)
         self.mlp_out_norm = Norm(config, size) if around else None
 
-    def __call__(self, x: Float[Array, "B L D"], *seen: Any) -> tuple[Array, Array, Array]:
-        """The states after the block, and its keys and values; `seen` goes to attention."""
+    def __call__(
+        self, x: Float[Array, "B L D"], turns: Turns | None, look: Look
+    ) -> tuple[Float[Array, "B L D"], Any]:
+        """The states after the block, and what `look` keeps."""
         entering = self._enter(x, self.attention_norm)
-        change, key, value = self.attention(entering, *seen)
+        change, kept = self.attention(entering, turns, look)
         if self.mlp_norm is None:
-            return x + change + self.mlp(entering), key, value
+            return x + change + self.mlp(entering), kept
         if self.parallel:
-            return x + change + self.mlp(self.mlp_norm(x)), key, value
+            return x + change + self.mlp(self.mlp_norm(x)), kept
         x = self._leave(x, change, self.attention_norm, self.attention_out_norm)
         change = self.mlp(self._enter(x, self.mlp_norm))
-        return self._leave(x, change, self.mlp_norm, self.mlp_out_norm), key, value
+        return self._leave(x, change, self.mlp_norm, self.mlp_out_norm), kept
 
     def _enter(self, x: Array, norm: Norm) -> Array:
         return x if self.place == "after" else norm(x)

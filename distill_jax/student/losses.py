@@ -1,6 +1,6 @@
 """What the student is trained to make small: pure functions of arrays.
 
-Letters: B rows, L tokens, D width, V vocabulary, T token states in a flat list.
+Letters: B rows, L tokens, D width, V vocabulary, S row shards, T token states of a shard.
 """
 
 from collections.abc import Callable
@@ -10,50 +10,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 CHUNK = 512
-"""Token states whose logits live at the same time."""
+"""Token states of a shard whose logits live at the same time."""
 
 
-def lm_loss_sum(
-    hidden: Float[Array, "T D"],
-    targets: Int[Array, " T"],
-    weights: Float[Array, " T"],
-    logits: Callable[[Float[Array, "C D"]], Float[Array, "C V"]],
+def prediction_costs(
+    hidden: Float[Array, "S T D"],
+    targets: Int[Array, "S T"],
+    logits: Callable[[Float[Array, "*rows D"]], Float[Array, "*rows V"]],
     *,
     chunk: int = CHUNK,
-) -> Float[Array, ""]:
-    """The weighted sum of `-log p(target)` over token states.
+) -> Float[Array, "S T"]:
+    """`-log p(target)` of every token state, in float32.
 
     Logits are made, used and forgotten a chunk at a time, in the backward pass too, so that no
     array of T by V values is ever alive.
 
     Args:
-      hidden: States after the final norm.
-      targets: The token that each state has to predict; any id where the weight is 0.
-      weights: Weight of each prediction; 0 leaves it out.
-      logits: Maps C states to C rows of float32 logits.
-      chunk: States per chunk, at least 1.
-
-    Returns:
-      A float32 scalar, not divided by anything: the caller knows what to divide by.
+      hidden: States after the final norm; the rows of axis S are cut up alike.
+      targets: The token that each state has to predict.
+      logits: Maps states to float32 logits.
+      chunk: States of a row per chunk, at least 1.
     """
-    size = min(chunk, max(hidden.shape[0], 1))
-    rest = -hidden.shape[0] % size
+    shards, length = targets.shape
+    num_chunks = -(-length // chunk)
+    size = -(-length // num_chunks)
 
-    def cut(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, rest)] + [(0, 0)] * (array.ndim - 1))
-        return padded.reshape(-1, size, *array.shape[1:])
+    def cut(array: Array) -> Array:  # to [chunks, S, size, ...]
+        padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (array.ndim - 2)
+        padded = jnp.pad(array, padding)
+        return padded.reshape(shards, num_chunks, size, *array.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def chunk_sum(states: Array, wanted: Array, weight: Array) -> Array:
-        scores = logits(states)
-        found = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
-        return jnp.sum(weight * (jax.nn.logsumexp(scores, axis=-1) - found))
+    def cost(part: tuple[Array, Array]) -> Array:
+        scores = logits(part[0])
+        found = jnp.take_along_axis(scores, part[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(scores, axis=-1) - found
 
-    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        return total + chunk_sum(*part), None
-
-    parts = (cut(hidden), cut(targets), cut(weights.astype(jnp.float32)))
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)[0]
+    costs = jax.lax.map(cost, (cut(hidden), cut(targets)))
+    return costs.swapaxes(0, 1).reshape(shards, -1)[:, :length]
 
 
 def last_state(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:
@@ -142,3 +136,61 @@ def triplet_loss(
     """
     costs = triplet_costs(anchor, positive, negative, valid, margin=margin)
     return jnp.sum(costs) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def ranking_costs(
+    anchor: Float[Array, "*rows"],
+    negative: Float[Array, "*rows"],
+    valid: Bool[Array, "*rows"],
+    *,
+    margin: float,
+) -> Float[Array, "*rows"]:
+    """Each row's `max(0, margin - anchor + negative)`, 0 where not valid.
+
+    Args:
+      anchor: Mean `log p` of a token of the rationale that is trained on, in nats.
+      negative: The same for the student's own wrong rationale.
+      valid: True where the row has both.
+      margin: How much likelier a token of the anchor must be before the row costs nothing.
+
+    Source:
+      Zhao et al., "SLiC-HF: Sequence Likelihood Calibration with Human Feedback" (2023), with
+      the likelihood per token instead of per text, as lengths of rationales differ.
+
+    Example:
+      >>> both = jnp.array([True, False])
+      >>> costs = ranking_costs(jnp.full(2, -1.0), jnp.full(2, -1.5), both, margin=1.0)
+      >>> costs.tolist()
+      [0.5, 0.0]
+    """
+    return jnp.where(valid, jnp.maximum(margin - anchor + negative, 0.0), 0.0)
+
+
+def dpo_costs(
+    anchor: Float[Array, "*rows"],
+    negative: Float[Array, "*rows"],
+    valid: Bool[Array, "*rows"],
+    *,
+    beta: float,
+) -> Float[Array, "*rows"]:
+    """Each row's `-log sigmoid(beta * (anchor - negative))`, 0 where not valid.
+
+    The language-modelling loss on the anchor stands beside it, as Pang et al. found needed.
+
+    Args:
+      anchor: `log p` of the rationale that is trained on, minus what it was under the reference.
+      negative: The same for the student's own wrong rationale.
+      valid: True where the row has both.
+      beta: How much a log ratio counts.
+
+    Source:
+      Rafailov et al., "Direct Preference Optimization" (NeurIPS 2023), equation 7; Pang et al.,
+      "Iterative Reasoning Preference Optimization" (NeurIPS 2024).
+
+    Example:
+      >>> both = jnp.array([True, False])
+      >>> costs = dpo_costs(jnp.ones(2), jnp.ones(2), both, beta=0.1)
+      >>> [round(cost, 4) for cost in costs.tolist()]
+      [0.6931, 0.0]
+    """
+    return jnp.where(valid, -jax.nn.log_sigmoid(beta * (anchor - negative)), 0.0)

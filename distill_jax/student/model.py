@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from distill_jax.student.architecture import ModelConfig
-from distill_jax.student.attention import Stretch, Turns, make_turns
+from distill_jax.student.attention import Stretch, Turns, attend, make_turns
 from distill_jax.student.blocks import Block, Norm, constant, matrix, multiply
 
 Params = dict[str, Any]
@@ -156,26 +156,67 @@ def forward(
       The states that the output projection reads, after the final norm, and this stretch as a
       segment with B groups.
     """
-    model = nnx.merge(_declare(config)[0], params)
     sights = [mask[:, None] & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None]]
     sights += [segment.mask[:, None] for segment in past]
     near = _near(config, positions, past)
+
+    def look(local: Array | None, pairs: Any, query: Array, key: Array, value: Array):
+        own, *others = sights if local is None else _narrow(sights, near, local)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        seen = [Stretch(*pair, visible) for pair, visible in zip(pairs, others, strict=True)]
+        return attend(query, [*seen, Stretch(key, value, own)], **softmax(config)), (key, value)
+
+    pairs = [(segment.keys, segment.values) for segment in past]
+    x, (keys, values) = run_blocks(
+        config, params, tokens, positions, look, pairs,
+        compute_dtype=compute_dtype, remat=remat, constrain=constrain,
+    )  # fmt: skip
+    return x, Segment(keys, values, positions, mask)
+
+
+def run_blocks(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    look: Callable[[Array | None, Any, Array, Array, Array], tuple[Array, Any]],
+    pairs: Any = (),
+    *,
+    compute_dtype: DTypeLike,
+    remat: bool,
+    constrain: Callable[[Array], Array],
+) -> tuple[Float[Array, "B L E"], Any]:
+    """The states of tokens, however they lie: only `look` knows who sees whom.
+
+    Args:
+      config, params, tokens, positions, compute_dtype, remat, constrain: As in `forward`.
+      look: A `blocks.Look` behind two more arguments: whether the layer is local, None where no
+        layer is, and the layer's part of `pairs`.
+      pairs: Arrays with the layers on axis 0.
+
+    Returns:
+      As `forward`, and what `look` kept, the layers on axis 0.
+    """
+    model = nnx.merge(_declare(config)[0], params)
     turns = _turns(config, positions)
 
-    def step(x: Array, layer: tuple[Block, Array | None, list[tuple[Array, Array]]]):
-        block, local, pairs = layer
-        own, *others = sights if local is None else _narrow(sights, near, local)
-        seen = [Stretch(*pair, visible) for pair, visible in zip(pairs, others, strict=True)]
-        x, key, value = block(x, _choose(turns, local), own, seen)
-        return constrain(x), (key, value)
+    def step(x: Array, layer: tuple[Block, Array | None, Any]) -> tuple[Array, Any]:
+        block, local, parts = layer
+        x, kept = block(x, _choose(turns, local), functools.partial(look, local, parts))
+        return constrain(x), kept
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
     local = jnp.array(config.local_layers) if any(config.local_layers) else None
-    pairs = [(segment.keys, segment.values) for segment in past]
     x = constrain(model.embed(tokens, positions, compute_dtype))
-    x, (keys, values) = jax.lax.scan(step, x, (model.blocks, local, pairs))
-    return model.finish(x), Segment(keys, values, positions, mask)
+    x, kept = jax.lax.scan(step, x, (model.blocks, local, pairs))
+    return model.finish(x), kept
+
+
+def softmax(config: ModelConfig) -> dict[str, Any]:
+    """How scores of attention are scaled and capped."""
+    scale = (config.query_scalar or config.head_dim) ** -0.5
+    return {"scale": scale, "cap": config.attention_cap}
 
 
 def _near(

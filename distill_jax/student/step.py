@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from distill_jax.student.model import ModelConfig, Params, Segment, forward
+from distill_jax.student.model import ModelConfig, Params, run_blocks
+from distill_jax.student.objective import Losses, Objective, States, losses
 from distill_jax.student.sharding import BATCH
-from distill_jax.student.tree import Batch, Losses, Objective, count, losses
+from distill_jax.student.tree import Batch, tree_states
 
 
 class TrainState(NamedTuple):
@@ -60,19 +61,19 @@ def gradients(
     batch: Batch,
     objective: Objective,
     *,
-    microbatches: int = 1,
-    forward: Callable[..., tuple[Array, Segment]],
+    states: States,
+    reference: Params | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """The gradient of the combined loss, and both losses.
 
     The loss is `lm / predicted tokens + weight * reflection / valid rows`, each sum over the whole
     batch. The counts are known beforehand, so microbatches add up to exactly the gradient of the
-    whole batch and never to a mean of means.
+    whole batch and never to a mean of means. Args as in `objective.losses`; `batch` has its axis M.
     """
-    counts = count(batch)
+    counts = batch.counts
 
     def loss_fn(params: Params, part: Batch) -> tuple[Array, Losses]:
-        sums = losses(config, params, part, objective, forward=forward)
+        sums = losses(config, params, part, objective, states=states, reference=reference)
         lm = sums.lm / counts.predicted
         reflection = sums.reflection / jnp.maximum(counts.valid, 1.0)
         return lm + objective.reflection_weight * reflection, Losses(lm, reflection)
@@ -81,11 +82,11 @@ def gradients(
         grads, parts = jax.grad(loss_fn, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, total, (grads, parts)), None
 
-    if microbatches == 1:
-        grads, parts = jax.grad(loss_fn, has_aux=True)(params, batch)
+    if batch.tokens.shape[0] == 1:
+        grads, parts = jax.grad(loss_fn, has_aux=True)(params, _without_counts(batch, 0))
     else:
         zero = (jax.tree.map(jnp.zeros_like, params), Losses(*(jnp.zeros(()),) * 2))
-        (grads, parts), _ = jax.lax.scan(add, zero, _split(batch, microbatches))
+        (grads, parts), _ = jax.lax.scan(add, zero, _without_counts(batch))
     return grads, {
         "loss": parts.lm + objective.reflection_weight * parts.reflection,
         "lm_loss": parts.lm,
@@ -96,29 +97,25 @@ def gradients(
     }
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """Microbatches on a new first axis. Strided, so that each device keeps its own rows."""
-
-    def cut(array: Array) -> Array:
-        return array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
-
-    shared = jnp.broadcast_to(batch.shared, (parts, *batch.shared.shape))
-    return jax.tree.map(cut, batch._replace(shared=batch.shared[:0]))._replace(shared=shared)
+def _without_counts(batch: Batch, index: int | None = None) -> Batch:
+    """What has an axis M, or one microbatch of it."""
+    rest = batch._replace(counts=None)  # pyright: ignore
+    return rest if index is None else jax.tree.map(lambda x: x[index], rest)
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
+    reference: Params | None = None,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     objective: Objective,
-    microbatches: int,
-    forward: Callable[..., tuple[Array, Segment]],
+    states: States,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update: state and batch in, state and figures out."""
     grads, figures = gradients(
-        config, state.params, batch, objective, microbatches=microbatches, forward=forward
+        config, state.params, batch, objective, states=states, reference=reference
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -133,35 +130,35 @@ def make_step(
     mesh: Mesh,
     state_shardings: TrainState,
     compute_dtype: jnp.dtype,
-    microbatches: int = 1,
     remat: bool = False,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step. The state handed in is used up; its layout never changes."""
-    bound = bind_forward(config, mesh, compute_dtype=compute_dtype, remat=remat)
     step = partial(
         train_step,
         config=config,
         optimizer=optimizer,
         objective=objective,
-        microbatches=microbatches,
-        forward=bound,
+        states=bind_states(config, mesh, compute_dtype=compute_dtype, remat=remat),
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def bind_forward(
+def bind_states(
     config: ModelConfig, mesh: Mesh, *, compute_dtype: jnp.dtype, remat: bool
-) -> Callable[..., tuple[Array, Segment]]:
-    """`forward(params, tokens, positions, mask, past)` with rows kept spread over the mesh."""
-    rows = NamedSharding(mesh, BATCH)
-    num_shards = num_row_shards(mesh)
+) -> States:
+    """`tree_states(params, batch)` with lines kept spread over the mesh."""
+    lines = NamedSharding(mesh, BATCH)
 
     def constrain(hidden: Array) -> Array:
-        if hidden.shape[0] % num_shards:  # the shared stretch: one row, computed everywhere
-            return hidden
-        return jax.lax.with_sharding_constraint(hidden, rows)
+        return jax.lax.with_sharding_constraint(hidden, lines)
 
-    return partial(forward, config, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
+    def gather(shared: Array) -> Array:
+        rest = (PartitionSpec.UNCONSTRAINED,) * (shared.ndim - 1)
+        layout = NamedSharding(mesh, PartitionSpec(None, *rest))
+        return jax.lax.with_sharding_constraint(shared, layout)
+
+    run = partial(run_blocks, config, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
+    return partial(tree_states, config, run=run, gather=gather)
 
 
 def init_state(
@@ -189,8 +186,9 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the devices: rows spread, shared tokens everywhere."""
-    rows = NamedSharding(mesh, BATCH)
+    """The batch on the devices: each line on its own, counts everywhere."""
+    lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    layout = jax.tree.map(lambda _: rows, batch)._replace(shared=everywhere)
-    return jax.device_put(batch, layout)
+    layout = jax.tree.map(lambda _: lines, batch)
+    counts = jax.tree.map(lambda _: everywhere, batch.counts)
+    return jax.device_put(batch, layout._replace(counts=counts))

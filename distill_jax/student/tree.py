@@ -1,224 +1,191 @@
-"""A batch as a tree of tokens, and its two losses.
+"""A batch as a tree of tokens, laid out flat, and the states of its tokens.
 
-A training sample is demonstrations, question and rationale, and the triplet loss adds two more
+A training sample is demonstrations, question and rationale, and reflection adds one or two more
 rationales behind the same question. The batch is that tree: the demonstrations once, each question
-once, then three branches. In a causal model a shared stretch has one value, so loss and gradient
+once, then the branches. In a causal model a shared stretch has one value, so losses and gradients
 equal those of the flat sequences (dropout must be 0, and is).
 
-Letters: B rows, K branches of a row, P shared tokens, Q question tokens, R branch tokens, L tokens
-of a stretch, D width, T token states.
+All tokens stand in one line per device, one text after the other, and everything but attention is
+computed on that line, so padding costs nothing there. Attention to the demonstrations is one
+product for the whole line. Only attention within questions and branches goes over rectangles, which
+tokens are copied into and back from.
+
+Letters: M microbatches, S row shards of the mesh, T tokens of a shard's line, C the first of them,
+P the first of those, B rows of a shard, J and K branches of a row, Q question tokens, R branch
+tokens, X tokens of some rectangle, W tokens attended to, n heads, H head dim, D width.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from distill_jax.student.losses import last_state, lm_loss_sum, triplet_costs
-from distill_jax.student.model import ModelConfig, Params, Segment, logits
+from distill_jax.student.attention import Share, Stretch, add_up, merge, weigh
+from distill_jax.student.model import ModelConfig, Params, softmax
 
+NOWHERE = 2**30
+"""Indices from here on point at nothing. No index occurs twice, these included."""
 
-class Stretch(NamedTuple):
-    """One stretch of tokens per row, padded on the right."""
-
-    tokens: Int[Array, "B L"]
-    mask: Bool[Array, "B L"]
-
-
-class Batch(NamedTuple):
-    """The rows of one step, as a tree.
-
-    `positive` and `negative` have no columns when there is no triplet loss, and rows without a
-    pair hold no real tokens there.
-    """
-
-    shared: Int[Array, " P"]  # demonstrations: what every prompt begins with; may be empty
-    question: Stretch  # the rest of the prompt, at least one token
-    anchor: Stretch  # the rationale trained on, with its answer and end token
-    positive: Stretch  # another right rationale
-    negative: Stretch  # the student's own wrong one
-    valid: Bool[Array, " B"]  # has a positive and a negative
-    real: Bool[Array, " B"]  # False for rows that only fill the batch; they weigh nothing
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the step makes small: `lm + reflection_weight * reflection`.
-
-    Attributes:
-      prompt_weight: Weight of a prompt token in the language-modelling loss; the target's is 1.
-      reflection: `triplet`, or `none`.
-      reflection_weight: Weight of the reflection loss.
-      margin: Of the triplet loss, a cosine distance.
-      prefix_gradient: Whether the reflection loss's gradient reaches the prompt's states. The
-        value is the same either way; the original code cuts it, the paper's equation does not.
-    """
-
-    prompt_weight: float = 0.1
-    reflection: Literal["triplet", "none"] = "triplet"
-    reflection_weight: float = 0.5
-    margin: float = 1.0
-    prefix_gradient: bool = False
-
-
-class Losses(NamedTuple):
-    """Sums over rows; `Counts` holds what to divide them by."""
-
-    lm: Float[Array, ""]
-    reflection: Float[Array, ""]
+Runner = Callable[..., tuple[Array, Any]]
+"""`student.model.run_blocks` with student, precision and layout bound."""
 
 
 class Counts(NamedTuple):
     """What a batch holds, known before any state is computed."""
 
     predicted: Float[Array, ""]  # tokens of all flat sequences but the first of each: unweighted
-    valid: Float[Array, ""]
-    real: Float[Array, ""]
-    useful: Float[Array, ""]  # real tokens of the tree
+    valid: Float[Array, ""]  # rows that reflection learns from
+    real: Float[Array, ""]  # rows
+    useful: Float[Array, ""]  # tokens on the lines, those of demonstrations once
+    predictions: Float[Array, ""]  # of these, how many may predict something
+    pairs: Float[Array, ""]  # a token and one that it sees, itself included
 
 
-def count(batch: Batch) -> Counts:
-    """What `batch` holds."""
-    real = batch.real[:, None]
-    question, anchor = batch.question.mask & real, batch.anchor.mask & real
-    num_real = jnp.sum(batch.real)
-    prompts = num_real * batch.shared.shape[0] + jnp.sum(question)
-    pairs = jnp.sum(batch.positive.mask) + jnp.sum(batch.negative.mask)
-    useful = batch.shared.shape[0] + jnp.sum(question) + jnp.sum(anchor) + pairs
-    parts = (prompts + jnp.sum(anchor) - num_real, jnp.sum(batch.valid), num_real, useful)
-    return Counts(*(part.astype(jnp.float32) for part in parts))
+class Batch(NamedTuple):
+    """The rows of one step, as a tree; made by `packing.pack`.
+
+    On the line of a shard stand its part of the demonstrations, all questions, the branches that
+    may predict something, the other branches, and padding. Live branches begin with the last token
+    of the prompt, as what follows it differs, cut ones behind it.
+    """
+
+    tokens: Int[Array, "M S T"]
+    positions: Int[Array, "M S T"]  # in the flat sequence that a token belongs to
+    targets: Int[Array, "M S C"]  # the token that follows
+    weights: Float[Array, "M S C"]  # of that prediction in the language-modelling loss
+    owners: Int[Array, "M S C"]  # 2 x row in the anchor, 2 x row + 1 in the negative, else NOWHERE
+    shared: Bool[Array, "M S P"]  # True on demonstrations; False fills the last shards
+    questions: Int[Array, "M S B Q"]  # where the tokens of prompts stand, but for the last
+    live: Int[Array, "M S B K R"]  # the same for branches whose gradient reaches the prompt
+    cut: Int[Array, "M S B J R"]  # and for those whose gradient ends there
+    reaches: Bool[Array, "M S T"]  # False on the tokens of cut branches
+    homes: Int[Array, "M S T"]  # where a token stands in (questions, live, cut) laid side by side
+    ends: Int[Array, "M S B 3"]  # where the last tokens of anchor, positive and negative stand
+    valid: Bool[Array, "M S B"]  # has all that reflection compares
+    counts: Counts
 
 
-def computed_tokens(batch: Batch) -> int:
-    """Tokens that the step computes for `batch`'s shapes, padding included."""
-    branches = (batch.question, batch.anchor, batch.positive, batch.negative)
-    return batch.shared.size + sum(stretch.tokens.size for stretch in branches)
-
-
-def losses(
+def tree_states(
     config: ModelConfig,
     params: Params,
     batch: Batch,
-    objective: Objective,
     *,
-    forward: Callable[..., tuple[Array, Segment]],
-) -> Losses:
-    """Both losses of a batch, as sums over its rows.
+    run: Runner,
+    gather: Callable[[Array], Array] = lambda x: x,
+) -> Float[Array, "S T D"]:
+    """The states of all tokens of a microbatch, whose arrays have no axis M.
 
-    The language-modelling loss weighs `-log p` of every token of demonstrations, question and
-    rationale but the very first: `prompt_weight` in the prompt, 1 in the target. The shared
-    demonstrations have one value in all rows and are counted once per real row.
+    Every text is seen as if it stood alone behind its prompt: a token sees the demonstrations up to
+    its own position, its own question, and its own branch up to itself; in local layers only what
+    is in its window.
 
     Args:
       config: What the student looks like.
       params: Its weights.
-      batch: M rows.
-      objective: Weights and margin.
-      forward: `student.model.forward` with precision and layout bound.
-
-    Source:
-      Wang et al. (EMNLP 2023), equations 3 to 5, with the released code's weights.
+      batch: From `packing.pack`, one microbatch of it.
+      run: `run_blocks`, bound.
+      gather: Lays what every shard needs, the keys of the demonstrations, on every device.
     """
-    shared_state, past = _shared(params, batch, forward)
-    length = batch.shared.shape[0]
-    rows, width = batch.question.tokens.shape
-    places = jnp.broadcast_to(length + jnp.arange(width), (rows, width))
-    question_states, segment = forward(
-        params, batch.question.tokens, places, batch.question.mask, past
-    )
-    past = (*past, segment)
-    end = length + jnp.sum(batch.question.mask, axis=1)
 
-    if objective.reflection == "none":
-        anchor_states, _ = _branches(params, (batch.anchor,), end, past, forward)
-        reflection = jnp.zeros((), jnp.float32)
-    else:
-        triple = (batch.anchor, batch.positive, batch.negative)
-        if objective.prefix_gradient:
-            states, masks = _branches(params, triple, end, past, forward)
-            anchor_states = states[:, :1]
-        else:
-            anchor_states, _ = _branches(params, (batch.anchor,), end, past, forward)
-            states, masks = _branches(params, triple, end, jax.lax.stop_gradient(past), forward)
-        anchor, positive, negative = (last_state(states[:, i], masks[:, i]) for i in range(3))
-        valid = batch.valid & batch.real
-        costs = triplet_costs(anchor, positive, negative, valid, margin=objective.margin)
-        reflection = jnp.sum(costs)
+    def look(local: Array | None, _: Any, query: Array, key: Array, value: Array):
+        window = None if local is None else jnp.where(local, config.window, NOWHERE)
+        line = _Line(query, key, value, batch.positions, window, partial(weigh, **softmax(config)))
+        question = line.copy(batch.questions)
+        branch = line.copy(batch.live)
+        shares = [line.weigh(question, question), line.weigh_both(branch, question)]
+        if batch.cut.shape[2]:
+            last = batch.live[:, :, 0, :1]  # of the prompt
+            prompt = line.copy(jnp.concatenate([batch.questions, last], axis=-1))
+            branch = line.copy(batch.cut)
+            shares.append(line.weigh_both(branch, jax.lax.stop_gradient(prompt)))
+        share = _bring_home(shares, batch.homes)
+        if batch.shared.shape[1]:
+            share = add_up(share, _weigh_shared(line, batch, gather))
+        return merge([share], query), None
 
-    flat = _predictions(
-        batch, objective.prompt_weight, shared_state, question_states, anchor_states[:, 0]
-    )
-    return Losses(lm_loss_sum(*flat, partial(logits, config, params)), reflection)
+    return run(params, batch.tokens, batch.positions, look)[0]
 
 
-def _shared(
-    params: Params, batch: Batch, forward: Callable[..., tuple[Array, Segment]]
-) -> tuple[Float[Array, "P D"] | None, tuple[Segment, ...]]:
-    """The demonstrations' states, and what later stretches attend to; nothing if there are none."""
-    length = batch.shared.shape[0]
-    if not length:
-        return None, ()
-    mask = jnp.ones((1, length), bool)
-    states, segment = forward(params, batch.shared[None], jnp.arange(length)[None], mask, ())
-    return states[0], (segment,)
+class _Rows(NamedTuple):
+    """Texts side by side, for attention only."""
+
+    query: Float[Array, "X L heads H"]
+    key: Float[Array, "X n W H"]
+    value: Float[Array, "X n W H"]
+    places: Int[Array, "X W"]  # positions in the flat sequences; NOWHERE on padding
 
 
-def _branches(
-    params: Params,
-    branches: tuple[Stretch, ...],
-    start: Int[Array, " B"],
-    past: tuple[Segment, ...],
-    forward: Callable[..., tuple[Array, Segment]],
-) -> tuple[Float[Array, "B K R D"], Bool[Array, "B K R"]]:
-    """K branches of every row in one pass; each row's positions begin at its `start`."""
-    longest = max(branch.tokens.shape[1] for branch in branches)
+class _Line(NamedTuple):
+    """What one layer makes of the tokens on the line."""
 
-    def stack(arrays: list[Array]) -> Array:
-        padded = [jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in arrays]
-        return jnp.stack(padded, axis=1)
+    query: Float[Array, "S T heads H"]
+    key: Float[Array, "S T n H"]
+    value: Float[Array, "S T n H"]
+    places: Int[Array, "S T"]
+    window: Int[Array, ""] | None
+    weigh_stretch: Callable[..., Share]
 
-    tokens, masks = (stack(list(parts)) for parts in zip(*branches, strict=True))
-    rows, kinds, _ = tokens.shape
-    places = jnp.repeat(start, kinds)[:, None] + jnp.arange(longest)[None]
-    flat = (rows * kinds, longest)
-    states, _ = forward(params, tokens.reshape(flat), places, masks.reshape(flat), past)
-    return states.reshape(rows, kinds, longest, -1), masks
+    def copy(self, index: Int[Array, "S *to"]) -> _Rows:
+        """The tokens that `index` points at as rows, zeros where it points at nothing."""
+        width = index.shape[-1]
+        query, key, value = (
+            _take(x, index, 0).reshape(-1, width, *x.shape[2:])
+            for x in (self.query, self.key, self.value)
+        )
+        places = _take(self.places, index, NOWHERE).reshape(-1, width)
+        return _Rows(query, key.swapaxes(1, 2), value.swapaxes(1, 2), places)
+
+    def weigh(self, rows: _Rows, stretch: _Rows) -> Share:
+        """What `stretch` adds to the softmax of `rows`, several of which may share one of it."""
+        return self.weigh_all(rows.query, rows.places, stretch)
+
+    def weigh_both(self, branch: _Rows, behind: _Rows) -> Share:
+        """What the text before a branch and the branch itself add."""
+        return add_up(self.weigh(branch, behind), self.weigh(branch, branch))
+
+    def weigh_all(
+        self, query: Array, places: Array, stretch: _Rows, reaches: Array | None = None
+    ) -> Share:
+        keys = jnp.repeat(stretch.places, places.shape[0] // stretch.places.shape[0], axis=0)
+        visible = keys[:, None] <= places[:, :, None]
+        if self.window is not None:
+            visible &= places[:, :, None] - keys[:, None] < self.window
+        return self.weigh_stretch(query, Stretch(stretch.key, stretch.value, visible), reaches)
 
 
-def _predictions(
-    batch: Batch,
-    prompt_weight: float,
-    shared_state: Float[Array, "P D"] | None,
-    question_states: Float[Array, "B Q D"],
-    anchor_states: Float[Array, "B R D"],
-) -> tuple[Float[Array, "T D"], Int[Array, " T"], Float[Array, " T"]]:
-    """Every state that predicts a token, that token, and the prediction's weight."""
-    question, anchor = batch.question, batch.anchor
-    real = batch.real.astype(jnp.float32)
-    rows = jnp.arange(real.shape[0])
-    last = jnp.maximum(jnp.sum(question.mask, axis=1) - 1, 0)
+def _take(x: Array, index: Int[Array, "S *to"], fill: float | int) -> Array:
+    """Copies from the line of each shard, [S, T, ...] to [S, *X, ...]; `fill` for nothing."""
 
-    after = jnp.pad(question.tokens[:, 1:], ((0, 0), (0, 1)))
-    after = after.at[rows, last].set(anchor.tokens[:, 0])
-    weight = prompt_weight * jnp.pad(question.mask[:, 1:], ((0, 0), (0, 1))).astype(jnp.float32)
-    weight = weight.at[rows, last].set(1.0)  # the first token of the target
+    def one(line: Array, where: Array) -> Array:
+        return line.at[where].get(mode="fill", fill_value=fill, unique_indices=True)
 
-    states = [question_states, anchor_states[:, :-1]]
-    targets = [after, anchor.tokens[:, 1:]]
-    weights = [weight * real[:, None], anchor.mask[:, 1:] * real[:, None]]
-    if shared_state is not None:  # its last state predicts each row's own first question token
-        final = jnp.broadcast_to(shared_state[-1:], (real.shape[0], shared_state.shape[1]))
-        states += [shared_state[:-1], final]
-        targets += [batch.shared[1:], question.tokens[:, 0]]
-        once = jnp.broadcast_to(prompt_weight * jnp.sum(real), (batch.shared.shape[0] - 1,))
-        weights += [once, prompt_weight * real]
-    width = question_states.shape[-1]
-    return (
-        jnp.concatenate([x.reshape(-1, width) for x in states]),
-        jnp.concatenate([x.reshape(-1) for x in targets]),
-        jnp.concatenate([x.reshape(-1) for x in weights]),
-    )
+    return jax.vmap(one)(x, index)
+
+
+def _bring_home(shares: Sequence[Share], homes: Int[Array, "S T"]) -> Share:
+    """What rectangles gave, back on the line; tokens that stand in none have seen nothing."""
+
+    def bring(parts: tuple[Array, ...], fill: float | int) -> Array:
+        flat = [x.reshape(homes.shape[0], -1, *x.shape[2:]) for x in parts]
+        return _take(jnp.concatenate(flat, axis=1), homes, fill)
+
+    tops, totals, mixed = zip(*shares, strict=True)
+    lowest = float(jnp.finfo(jnp.float32).min)
+    return Share(bring(tops, lowest), bring(totals, 0.0), bring(mixed, 0.0))
+
+
+def _weigh_shared(line: _Line, batch: Batch, gather: Callable[[Array], Array]) -> Share:
+    """What the demonstrations add for every token on the line: one product of two matrices."""
+    length = batch.shared.shape[1]
+    places = jnp.where(batch.shared, line.places[:, :length], NOWHERE)
+
+    def join(x: Array) -> Array:  # [S, P, ...] to [1, S P, ...]
+        return gather(x).reshape(1, -1, *x.shape[2:])
+
+    key, value = (join(x[:, :length]).swapaxes(1, 2) for x in (line.key, line.value))
+    everything = _Rows(line.query, key, value, join(places))
+    reaches = batch.reaches if batch.cut.shape[2] else None
+    return line.weigh_all(line.query, line.places, everything, reaches)

@@ -1,0 +1,329 @@
+"""Rows of tokens laid out as a `Batch`: who stands where on the line, and how long lines are.
+
+A row goes to the device whose line is shortest. Lines and rectangles come in few sizes, chosen from
+all batches of a round beforehand, so that few programs are compiled and little is padded.
+
+Letters: M microbatches, S row shards, T tokens of a shard's line.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distill_jax.student.objective import LIKELIHOODS, Objective
+from distill_jax.student.tree import NOWHERE, Batch, Counts
+
+Tokens = tuple[int, ...]
+MAX_SHAPES = 4
+UNIT = 16
+"""Sizes are multiples of this, and of a sixteenth of themselves, or a bit less."""
+ELEMENT = 2e-4
+"""What a pair of tokens in a rectangle costs, in tokens on the line, for a width of some 2,000."""
+
+
+class Item(NamedTuple):
+    """A row: a prompt behind the demonstrations, and what may follow it; () for what it lacks."""
+
+    prompt: Tokens  # at least one token
+    anchor: Tokens
+    positive: Tokens = ()
+    negative: Tokens = ()
+
+
+class Shape(NamedTuple):
+    """The sizes of a batch that its rows decide."""
+
+    predicting: int  # tokens of questions and of branches that may predict something
+    tokens: int  # of all
+    question: int  # the longest question, but for its last token
+    branch: int  # the longest branch, with the last token of its prompt
+
+
+class Grid(NamedTuple):
+    """The lines of a batch."""
+
+    microbatches: int
+    shards: int
+    rows: int  # of each line, those included that only fill it
+
+
+def make_grid(batch_size: int, *, microbatches: int, shards: int) -> Grid:
+    """A grid for so many rows."""
+    return Grid(microbatches, shards, -(-batch_size // (microbatches * shards)))
+
+
+class Branches(NamedTuple):
+    """Which branches a row has, by what becomes of them."""
+
+    predicting: tuple[str, ...]  # may predict something
+    silent: tuple[str, ...] = ()  # predict nothing, but send their gradient into the prompt
+    cut: tuple[str, ...] = ()  # nor that
+
+
+def find_branches(objective: Objective) -> Branches:
+    """The branches of a row, for what is made small."""
+    if objective.reflection == "none":
+        return Branches(("anchor",))
+    if objective.reflection in LIKELIHOODS:
+        return Branches(("anchor", "negative"))
+    if objective.prefix_gradient:
+        return Branches(("anchor",), silent=("positive", "negative"))
+    return Branches(("anchor",), cut=("anchor", "positive", "negative"))
+
+
+def is_valid(item: Item, objective: Objective) -> bool:
+    """Whether a row has all that reflection compares."""
+    needs_positive = objective.reflection == "triplet"
+    return bool(item.negative and (item.positive or not needs_positive))
+
+
+def plan_shapes(
+    batches: Iterable[Sequence[Item]], grid: Grid, objective: Objective, *, limit: int = MAX_SHAPES
+) -> dict[Shape, Shape]:
+    """Few shapes that hold all batches: for each that some batch needs, one that is used."""
+    branches = find_branches(objective)
+    needs = Counter(measure(spread(items, grid, branches), branches) for items in batches)
+    return choose_shapes(needs, grid.rows, len(sum(branches, ())), limit)
+
+
+def spread(items: Sequence[Item], grid: Grid, branches: Branches) -> list[list[Item]]:
+    """The rows of each line, with as equal numbers of tokens as can be had easily."""
+
+    def size(item: Item) -> int:
+        texts = (text for kind in branches._fields for text in _branch_texts(item, branches, kind))
+        return len(item.prompt) - 1 + sum(map(len, texts))
+
+    groups: list[list[Item]] = [[] for _ in range(grid.microbatches * grid.shards)]
+    assert len(items) <= len(groups) * grid.rows
+    sums = [0] * len(groups)
+    for item in sorted(items, key=size, reverse=True):
+        room = (i for i, group in enumerate(groups) if len(group) < grid.rows)
+        index = min(room, key=sums.__getitem__)
+        groups[index].append(item)
+        sums[index] += size(item)
+    return groups
+
+
+def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
+    """The smallest sizes that hold these groups, rounded up."""
+    predicting = tokens = question = branch = 0
+    for group in groups:
+        asked = [len(item.prompt) - 1 for item in group]
+        lengths = {
+            name: [len(text) for item in group for text in _branch_texts(item, branches, name)]
+            for name in Branches._fields
+        }
+        predicting = max(predicting, sum(asked) + sum(lengths["predicting"]))
+        tokens = max(tokens, sum(asked) + sum(map(sum, lengths.values())))
+        question = max(question, *asked, 0)
+        branch = max(branch, *itertools.chain(*lengths.values()), 0)
+    return Shape(_up(predicting), _up(tokens), _up(max(question, 1)), _up(max(branch, 1)))
+
+
+def _branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
+    """The branches of one kind; live ones begin with the last token of the prompt."""
+    texts: list[Tokens] = [getattr(item, name) for name in getattr(branches, kind)]
+    begin = () if kind == "cut" else item.prompt[-1:]
+    return [begin + text if text else () for text in texts]
+
+
+def _up(size: int) -> int:
+    unit = UNIT
+    while unit * 2 * UNIT <= size:
+        unit *= 2
+    return -(-size // unit) * unit
+
+
+def choose_shapes(
+    needs: Mapping[Shape, int], rows: int, branches: int, limit: int
+) -> dict[Shape, Shape]:
+    """Merges shapes, the two whose union costs least first, until few are left.
+
+    Args:
+      needs: How often each shape is needed.
+      rows: Rows of a line.
+      branches: Branches of a row.
+      limit: Shapes in the end, at most.
+
+    Returns:
+      For each shape that is needed one that holds it.
+
+    Example:
+      >>> needs = {Shape(64, 128, 16, 16): 9, Shape(80, 112, 16, 16): 9, Shape(640, 900, 16, 32): 1}
+      >>> sorted(set(choose_shapes(needs, 2, 3, 2).values()))[0]
+      Shape(predicting=80, tokens=128, question=16, branch=16)
+    """
+
+    def cost(shape: Shape) -> float:
+        pairs = shape.question**2 + branches * shape.branch * (shape.question + shape.branch)
+        return shape.predicting / 4 + shape.tokens + ELEMENT * rows * pairs
+
+    members = {shape: [shape] for shape in needs}
+    counts = dict(needs)
+    while len(members) > limit:
+
+        def loss(pair: tuple[Shape, Shape]) -> float:
+            union = cost(_union(*pair))
+            return sum(counts[shape] * (union - cost(shape)) for shape in pair)
+
+        x, y = min(itertools.combinations(members, 2), key=loss)
+        joined, total = members.pop(x) + members.pop(y), counts.pop(x) + counts.pop(y)
+        union = _union(x, y)
+        members[union] = members.get(union, []) + joined
+        counts[union] = counts.get(union, 0) + total
+    return {need: shape for shape, needed in members.items() for need in needed}
+
+
+def _union(x: Shape, y: Shape) -> Shape:
+    return Shape(*map(max, x, y))
+
+
+def pack(
+    items: Sequence[Item],
+    grid: Grid,
+    shapes: Mapping[Shape, Shape],
+    *,
+    shared: Tokens,
+    objective: Objective,
+) -> Batch:
+    """Lays out one batch.
+
+    Args:
+      items: Its rows, at most as many as the grid holds.
+      grid: Where they may go.
+      shapes: From `plan_shapes`, for this batch among others.
+      shared: The demonstrations: what stands before every row's prompt; may be empty. Behind them
+        all prompts go on with the same token.
+      objective: Decides which branches there are, and what a token weighs.
+    """
+    branches = find_branches(objective)
+    groups = spread(items, grid, branches)
+    shape = shapes[measure(groups, branches)]
+    part = -(-len(shared) // grid.shards)
+    after = {item.prompt[0] for item in items}
+    assert not shared or len(after) == 1, "the demonstrations' last token predicts one token"
+    following = (*shared[1:], *after)
+    lines = []
+    for index, group in enumerate(groups):
+        line = _Line(shape, branches, objective, grid.rows, part)
+        microbatch = groups[index // grid.shards * grid.shards :][: grid.shards]
+        begin = index % grid.shards * part
+        line.put_shared(shared, following, begin, sum(map(len, microbatch)))
+        line.put_rows(group, len(shared))
+        lines.append(line)
+    arrays = [line.arrays() for line in lines]
+    stacked: dict[str, Any] = {
+        name: np.stack([each[name] for each in arrays]).reshape(*grid[:2], *first.shape)
+        for name, first in arrays[0].items()
+    }
+    counts: list[Any] = [
+        np.float32(number)
+        for number in (
+            sum(len(shared) + len(item.prompt) - 1 + len(item.anchor) for item in items),
+            sum(is_valid(item, objective) for item in items),
+            len(items),
+            len(shared) + sum(line.num_put for line in lines),
+            len(shared) + sum(line.num_predicting for line in lines),
+            len(shared) * (len(shared) + 1) // 2 + sum(line.num_pairs for line in lines),
+        )
+    ]
+    return Batch(**stacked, counts=Counts(*counts))
+
+
+class _Line:
+    """The arrays of one shard while they are filled."""
+
+    def __init__(
+        self, shape: Shape, branches: Branches, objective: Objective, rows: int, shared: int
+    ):
+        self.kinds, self.objective, self.shared = branches, objective, shared
+        self.first = shared + shape.predicting
+        self.tokens, self.positions = np.zeros((2, shared + shape.tokens), np.int32)
+        self.targets = np.zeros(self.first, np.int32)
+        self.weights = np.zeros(self.first, np.float32)
+        self.owners = NOWHERE + np.arange(self.first, dtype=np.int32)
+        self.known = np.zeros(shared, bool)
+        self.questions = np.full((rows, shape.question), NOWHERE)
+        self.branches = np.full((rows, len(sum(branches, ())), shape.branch), NOWHERE)
+        self.ends = np.zeros((rows, 3), np.int32)
+        self.valid = np.zeros(rows, bool)
+        self.reaches = np.zeros(len(self.tokens), bool)
+        self.at = shared
+        self.num_put = self.num_predicting = self.num_pairs = 0
+
+    def put_shared(self, shared: Tokens, following: Tokens, begin: int, num_rows: int) -> None:
+        """This shard's part of the demonstrations, whose predictions count once for every row."""
+        mine = shared[begin : begin + self.shared]
+        size = len(mine)
+        self.tokens[:size], self.known[:size] = mine, True
+        self.positions[:size] = begin + np.arange(size)
+        self.targets[:size] = following[begin : begin + size]
+        self.weights[:size] = self.objective.prompt_weight * num_rows
+
+    def put_rows(self, items: Sequence[Item], start: int) -> None:
+        """All rows, whose prompts begin at position `start`."""
+        for row, item in enumerate(items):
+            place = self._put(item.prompt[:-1], start)
+            self.questions[row, : len(item.prompt) - 1] = np.arange(place.start, place.stop)
+            self.targets[place] = item.prompt[1:]
+            self.weights[place] = self.objective.prompt_weight
+            self.valid[row] = is_valid(item, self.objective)
+        column = 0
+        for kind, names in self.kinds._asdict().items():
+            for row, item in enumerate(items):
+                texts = _branch_texts(item, self.kinds, kind)
+                position = start + len(item.prompt) - (kind != "cut")
+                for index, (name, text) in enumerate(zip(names, texts, strict=True)):
+                    place = self._put(text, position)
+                    self._note(row, column + index, name, place)
+                    if kind == "predicting":
+                        self._predict(row, name, place, text)
+            if kind == "predicting":
+                self.num_predicting = self.at - self.shared
+            if kind == "silent":
+                self.reaches[: self.at] = True
+            column += len(names)
+
+    def _put(self, text: Tokens, position: int) -> slice:
+        place = slice(self.at, self.at + len(text))
+        self.tokens[place] = text
+        self.positions[place] = np.arange(position, position + len(text))
+        self.at = place.stop
+        self.num_put += len(text)
+        self.num_pairs += sum(range(position + 1, position + 1 + len(text)))
+        return place
+
+    def _note(self, row: int, column: int, name: str, place: slice) -> None:
+        where = np.arange(place.start, place.stop)
+        self.branches[row, column, : len(where)] = where
+        if len(where):
+            self.ends[row, ("anchor", "positive", "negative").index(name)] = where[-1]
+
+    def _predict(self, row: int, name: str, place: slice, text: Tokens) -> None:
+        before = slice(place.start, max(place.stop - 1, place.start))
+        self.targets[before] = text[1:]
+        self.weights[before] = float(name == "anchor")
+        self.owners[before] = 2 * row + (name == "negative")
+
+    def arrays(self) -> dict[str, Any]:
+        """What goes into the batch. Indices that point at nothing become unlike."""
+        num_live = len(self.kinds.predicting + self.kinds.silent)
+        rectangles = (self.questions, self.branches[:, :num_live], self.branches[:, num_live:])
+        stands = np.concatenate([x.ravel() for x in rectangles])
+        homes = NOWHERE + np.arange(self.tokens.size)
+        taken = np.flatnonzero(stands < NOWHERE)
+        homes[stands[taken]] = taken
+        stands = np.where(stands < NOWHERE, stands, NOWHERE + np.arange(stands.size))
+        parts = np.split(stands.astype(np.int32), np.cumsum([x.size for x in rectangles])[:-1])
+        questions, live, cut = (
+            part.reshape(x.shape) for part, x in zip(parts, rectangles, strict=True)
+        )
+        return {
+            "tokens": self.tokens, "positions": self.positions, "targets": self.targets,
+            "weights": self.weights, "owners": self.owners, "shared": self.known,
+            "questions": questions, "live": live, "cut": cut, "homes": homes.astype(np.int32),
+            "ends": self.ends, "valid": self.valid, "reaches": self.reaches,
+        }  # fmt: skip

@@ -1,0 +1,127 @@
+"""What a step makes small: the language-modelling loss, and what is learned from mistakes.
+
+Letters: S row shards, T tokens of a shard's line, C the first of them, which may predict something,
+B rows, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from distill_jax.student.losses import dpo_costs, prediction_costs, ranking_costs, triplet_costs
+from distill_jax.student.model import ModelConfig, Params, logits
+from distill_jax.student.tree import Batch
+
+Reflection = Literal["triplet", "ranking", "dpo", "none"]
+LIKELIHOODS = ("ranking", "dpo")
+"""Those that compare likelihoods of anchor and negative, not states."""
+
+States = Callable[[Params, Batch], Float[Array, "S T D"]]
+"""`student.tree.tree_states` with the student and its layout bound."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the step makes small: `lm + reflection_weight * reflection`.
+
+    Attributes:
+      prompt_weight: Weight of a prompt token in the language-modelling loss; the target's is 1.
+      reflection: `triplet`, `ranking`, `dpo`, or `none`: formulas and sources in `losses`.
+      reflection_weight: Weight of the reflection loss.
+      margin: Of the triplet loss, a cosine distance; of ranking, nats per token.
+      beta: Of DPO: how much a log ratio counts.
+      prefix_gradient: Whether the triplet loss's gradient reaches the prompt's states. The value
+        is the same either way; the original code cuts it, the paper's equation does not.
+    """
+
+    prompt_weight: float = 0.1
+    reflection: Reflection = "triplet"
+    reflection_weight: float = 0.5
+    margin: float = 1.0
+    beta: float = 0.1
+    prefix_gradient: bool = False
+
+
+class Losses(NamedTuple):
+    """Sums over rows; `Counts` holds what to divide them by."""
+
+    lm: Float[Array, ""]
+    reflection: Float[Array, ""]
+
+
+def losses(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    objective: Objective,
+    *,
+    states: States,
+    reference: Params | None = None,
+) -> Losses:
+    """Both losses of a microbatch, as sums over its rows.
+
+    The language-modelling loss weighs `-log p` of every token of demonstrations, question and
+    rationale but the very first: `prompt_weight` in the prompt, 1 in the target. The shared
+    demonstrations have one value in all rows and are counted once per real row.
+
+    Args:
+      config: What the student looks like.
+      params: Its weights.
+      batch: One microbatch, without axis M.
+      objective: Weights and margin.
+      states: Computes the tokens' states.
+      reference: The weights that DPO compares with; the other objectives need none.
+
+    Source:
+      Wang et al. (EMNLP 2023), equations 3 to 5, with the released code's weights.
+    """
+    hidden = states(params, batch)
+    costs = _costs(config, params, batch, hidden)
+    lm = jnp.sum(batch.weights * costs)
+    if objective.reflection == "none":
+        return Losses(lm, jnp.zeros((), jnp.float32))
+    if objective.reflection == "triplet":
+        ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends)
+        triple = (ends[:, :, i].reshape(-1, ends.shape[-1]) for i in range(3))
+        reflection = triplet_costs(*triple, batch.valid.ravel(), margin=objective.margin)
+        return Losses(lm, jnp.sum(reflection))
+    anchor, negative, lengths = _likelihoods(batch, costs)
+    if objective.reflection == "ranking":
+        reflection = ranking_costs(
+            anchor / lengths[0], negative / lengths[1], batch.valid, margin=objective.margin
+        )
+        return Losses(lm, jnp.sum(reflection))
+    assert reference is not None, "DPO compares with the weights that the round began with"
+    before = _costs(config, reference, batch, states(reference, batch))
+    then = jax.lax.stop_gradient(_likelihoods(batch, before)[:2])
+    ratios = (anchor - then[0], negative - then[1])
+    return Losses(lm, jnp.sum(dpo_costs(*ratios, batch.valid, beta=objective.beta)))
+
+
+def _costs(
+    config: ModelConfig, params: Params, batch: Batch, hidden: Float[Array, "S T D"]
+) -> Float[Array, "S C"]:
+    """`-log p` of every target."""
+    first = hidden[:, : batch.targets.shape[1]]
+    return prediction_costs(first, batch.targets, partial(logits, config, params))
+
+
+def _likelihoods(
+    batch: Batch, costs: Float[Array, "S C"]
+) -> tuple[Float[Array, "S B"], Float[Array, "S B"], tuple[Array, Array]]:
+    """`log p` of every anchor and negative behind its prompt, and their lengths in tokens."""
+    rows = batch.valid.shape[1]
+
+    def total(values: Array) -> Array:
+        def one(value: Array, owner: Int[Array, " C"]) -> Array:
+            return jnp.zeros(2 * rows).at[owner].add(value, mode="drop")
+
+        return jax.vmap(one)(values, batch.owners).reshape(-1, rows, 2)
+
+    sums, lengths = -total(costs), jnp.maximum(total(jnp.ones_like(costs)), 1.0)
+    return sums[..., 0], sums[..., 1], (lengths[..., 0], lengths[..., 1])

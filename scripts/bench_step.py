@@ -1,0 +1,300 @@
+"""Times the training step beside the original's in PyTorch: same weights, same tokens, one run.
+
+    python scripts/bench_step.py                     # 6 layers x 512, the shapes of DESIGN's table
+    python scripts/bench_step.py --prefix-gradient   # the triplet loss reaches into the prompt
+
+Both sides take turns, with the same threads and AdamW; the figures are medians. The floor is the
+arithmetic of our step over the rate of a large matrix product measured in the same run. Peak memory
+is that of a process of its own for each side: what it held at most above what it held before the
+first step (on accelerators, what the allocator says).
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is trained on what. Lengths are means; their spread is that of GSM8K's texts."""
+
+    family: str
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    batch: int
+    demonstrations: int
+    question: int
+    rationale: int
+    dtype: str
+    prefix_gradient: bool
+
+
+def main(
+    layers: int = 6,
+    width: int = 512,
+    heads: int = 8,
+    vocab: int = 16_384,
+    batch: int = 8,
+    demonstrations: int = 330,
+    question: int = 60,
+    rationale: int = 110,
+    dtype: str = "float32",
+    family: Annotated[str, typer.Option(help="gpt2, gptj or llama")] = "gpt2",
+    prefix_gradient: bool = False,
+    steps: int = 7,
+    memory: Annotated[bool, typer.Option(help="measure peak memory, each side alone")] = True,
+    side: Annotated[str, typer.Option(help="pytorch, ours or both")] = "both",
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Prints seconds per step of both sides, their ratio, tokens, memory and the floor."""
+    shape = Shape(
+        family, layers, width, heads, vocab, batch, demonstrations, question, rationale, dtype,
+        prefix_gradient,
+    )  # fmt: skip
+    if side != "both":
+        print(json.dumps(measure_alone(shape, side, steps)))
+        return
+    figures = compare(shape, steps)
+    if memory:
+        for name in ("pytorch", "ours"):
+            figures[name]["peak_bytes"] = run_alone(name)["peak_bytes"]
+        ours, theirs = figures["ours"]["peak_bytes"], figures["pytorch"]["peak_bytes"]
+        figures["ratio"]["peak_bytes"] = round(theirs / ours, 2)
+    print(json.dumps(figures, indent=None if as_json else 2))
+
+
+def make_samples(shape: Shape, steps: int) -> list[list[Any]]:
+    """The samples of every step: random tokens of lengths that spread like real ones."""
+    from pytorch_baseline import Sample
+
+    rng = np.random.default_rng(0)
+
+    def text(mean: int, spread: float) -> list[int]:
+        length = int(rng.lognormal(np.log(mean) - spread**2 / 2, spread))
+        return rng.integers(3, shape.vocab, max(length, 2)).tolist()
+
+    beginning = rng.integers(3, shape.vocab, shape.demonstrations).tolist()
+    return [
+        [
+            Sample([*beginning, *text(shape.question, 0.33)],
+                   *(text(shape.rationale, 0.317) for _ in range(3)))
+            for _ in range(shape.batch)
+        ]
+        for _ in range(steps)
+    ]  # fmt: skip
+
+
+def make_config(shape: Shape) -> Any:
+    """The student of a shape, as its family's published config would say it."""
+    from distill_jax.families import FAMILIES
+    from distill_jax.families.config_json import read_config
+
+    gpt = {
+        "n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads,
+        "n_positions": 2048, "vocab_size": shape.vocab,
+    }  # fmt: skip
+    published: dict[str, tuple[str, dict[str, int]]] = {
+        "gpt2": ("GPT2LMHeadModel", gpt),
+        "gptj": ("GPTJForCausalLM", gpt | {"rotary_dim": 64}),
+        "llama": ("LlamaForCausalLM", {
+            "hidden_size": shape.width, "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads, "intermediate_size": 8 * shape.width // 3,
+            "vocab_size": shape.vocab, "max_position_embeddings": 2048,
+        }),
+    }  # fmt: skip
+    architecture, values = published[shape.family]
+    return read_config(FAMILIES[architecture], values)
+
+
+def make_params(shape: Shape) -> Any:
+    import jax
+
+    from distill_jax.student.model import abstract_params, init_params, logical_axes
+    from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+
+    config = make_config(shape)
+    layout = shardings(
+        make_mesh(1, 1, 1), logical_axes(config), abstract_params(config), TRAIN_RULES
+    )
+    return init_params(config, jax.random.key(0), layout)
+
+
+def ours(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict], dict[str, Any]]:
+    """A function that takes our step `index`, and what is known beforehand."""
+    import jax
+    import jax.numpy as jnp
+
+    from distill_jax.packing import Item, make_grid, pack, plan_shapes
+    from distill_jax.student.flops import step_flops
+    from distill_jax.student.objective import Objective
+    from distill_jax.student.sharding import make_mesh
+    from distill_jax.student.step import (
+        init_state,
+        make_optimizer,
+        make_step,
+        put_batch,
+        warmup_schedule,
+    )
+
+    mesh, shared = make_mesh(1, 1, 1), tuple(samples[0][0].prompt[: shape.demonstrations - 1])
+    optimizer = make_optimizer(warmup_schedule(1e-5, 0), 0.01)
+    objective = Objective(prefix_gradient=shape.prefix_gradient)
+    state, layout = init_state(make_params(shape), optimizer, mesh)
+    step = make_step(
+        make_config(shape), optimizer, objective,
+        mesh=mesh, state_shardings=layout, compute_dtype=jnp.dtype(shape.dtype),
+    )  # fmt: skip
+    items = [
+        [Item(tuple(s.prompt[len(shared):]), *map(tuple, (s.anchor, s.positive, s.negative)))
+         for s in part]
+        for part in samples
+    ]  # fmt: skip
+    grid = make_grid(shape.batch, microbatches=1, shards=1)
+    shapes = plan_shapes(items, grid, objective, limit=1)
+    batches = [pack(part, grid, shapes, shared=shared, objective=objective) for part in items]
+    holder = [state]
+
+    def take(index: int) -> dict:
+        holder[0], figures = step(holder[0], put_batch(batches[index], mesh))
+        return jax.device_get(figures)
+
+    computed = batches[0].tokens.size
+    useful = statistics.mean(float(batch.counts.useful) for batch in batches)
+    return take, {
+        "computed_tokens": computed,
+        "useful_share": round(useful / computed, 3),
+        "flops": statistics.mean(step_flops(make_config(shape), b.counts) for b in batches),
+    }
+
+
+def theirs(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict], dict[str, Any]]:
+    """A function that takes the original's step `index`, and what is known beforehand."""
+    import torch
+    from pytorch_baseline import original_losses
+    from transformers import AutoModelForCausalLM
+
+    from distill_jax.scratch import make_tokenizer
+    from distill_jax.tokenizer import Tokenizer
+    from distill_jax.weights import save_model
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = Tokenizer(make_tokenizer())
+        save_model(Path(folder), make_config(shape), make_params(shape), tokenizer, source=None)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    half = shape.dtype == "bfloat16"
+
+    def take(index: int) -> dict:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            lm, triplet = original_losses(
+                model, samples[index], prompt_weight=0.1, margin=1.0, prefix_gradient=False
+            )
+        (lm + 0.5 * triplet).backward()
+        optimizer.step()
+        return {"lm_loss": lm.item(), "reflection_loss": triplet.item()}
+
+    return take, {}
+
+
+SIDES = {"pytorch": theirs, "ours": ours}
+
+
+def compare(shape: Shape, steps: int) -> dict[str, Any]:
+    """Both sides in turn."""
+    samples = make_samples(shape, steps + 1)
+    takes, facts = {}, {}
+    for name, make in SIDES.items():
+        takes[name], facts[name] = make(shape, samples)
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    losses: dict[str, list[dict]] = {name: [] for name in SIDES}
+    for index in range(steps + 1):  # the first one compiles, and compares the losses
+        for name, take in takes.items():
+            begin = time.perf_counter()
+            losses[name].append(take(index))
+            seconds[name].append(time.perf_counter() - begin)
+    error = max(
+        abs(float(losses["ours"][0][k]) / losses["pytorch"][0][k] - 1)
+        for k in ("lm_loss", "reflection_loss")
+    )
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    pairs = zip(seconds["pytorch"][1:], seconds["ours"][1:], strict=True)
+    rate = matmul_rate(shape.dtype)
+    floor = facts["ours"].pop("flops") / rate
+    return {
+        "shape": dataclasses.asdict(shape),
+        "pytorch": {"seconds_per_step": round(medians["pytorch"], 3)} | facts["pytorch"],
+        "ours": {"seconds_per_step": round(medians["ours"], 3)} | facts["ours"],
+        "ratio": {"seconds_per_step": round(statistics.median(x / y for x, y in pairs), 2)},
+        "floor_seconds": round(floor, 3),
+        "matmul_flops_per_second": round(rate),
+        "first_step_relative_loss_error": error,
+    }
+
+
+def matmul_rate(dtype: str) -> float:
+    """Operations per second of a large matrix product, the best of ten."""
+    import jax
+    import jax.numpy as jnp
+
+    size = 4096 if jax.default_backend() == "gpu" else 2048
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    best = float("inf")
+    for _ in range(10):
+        begin = time.perf_counter()
+        multiply(x).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def measure_alone(shape: Shape, side: str, steps: int) -> dict[str, Any]:
+    """Seconds and peak memory of one side, in this process."""
+    samples = make_samples(shape, steps + 1)
+    take, facts = SIDES[side](shape, samples)
+    before, seconds = held_bytes(), []
+    for index in range(steps + 1):
+        begin = time.perf_counter()
+        take(index)
+        seconds.append(time.perf_counter() - begin)
+    peak = peak_bytes(side) - before
+    return {"seconds_per_step": statistics.median(seconds[1:]), "peak_bytes": peak} | facts
+
+
+def held_bytes() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_bytes(side: str) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_alone(side: str) -> dict[str, Any]:
+    """`measure_alone` in a process of its own, with this one's arguments."""
+    command = [sys.executable, *sys.argv, "--side", side, "--steps", "1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,76 @@
+"""Small random samples of training, as rows to pack."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from distill_jax.packing import Grid, Item, Shape, Tokens, pack
+from distill_jax.student.objective import Objective
+from distill_jax.student.tree import NOWHERE, Batch
+
+SIX = Grid(1, 1, 6)
+
+WIDE = Shape(predicting=192, tokens=384, question=16, branch=16)
+"""Holds six rows of any `make_samples`: one shape, one compilation."""
+
+
+def make_samples(seed: int, vocab: int, shared: int, count: int = 6) -> list[Item]:
+    """Samples of unequal lengths behind the same beginning; every third has no pair."""
+    rng = np.random.default_rng(seed)
+
+    def text(low: int, high: int) -> Tokens:
+        return tuple(rng.integers(3, vocab, rng.integers(low, high)).tolist())
+
+    beginning = text(shared + 1, shared + 2)
+    return [
+        Item(
+            prompt=beginning + text(1, 7),
+            anchor=(*text(3, 9), 2),
+            positive=(*text(2, 10), 2) if i % 3 else (),
+            negative=(*text(1, 8), 2) if i % 3 else (),
+        )
+        for i in range(count)
+    ]
+
+
+def make_batch(
+    samples: list[Item],
+    shared: int,
+    objective: Objective,
+    grid: Grid = SIX,
+    shape: Shape = WIDE,
+) -> Batch:
+    """The samples as a batch whose first `shared` tokens are demonstrations."""
+    items = [item._replace(prompt=item.prompt[shared:]) for item in samples]
+    return pack(
+        items,
+        grid,
+        defaultdict(lambda: shape),
+        shared=samples[0].prompt[:shared],
+        objective=objective,
+    )
+
+
+class Found(NamedTuple):
+    """A row as its line holds it."""
+
+    prompt: Tokens  # behind the demonstrations
+    live: tuple[Tokens, ...]  # branches, without the prompt's last token
+    cut: tuple[Tokens, ...]
+    valid: bool
+
+
+def find_rows(batch: Batch) -> Iterator[Found]:
+    """The rows of a batch, read back from its lines in the order in which they stand there."""
+    for m, s, b in np.ndindex(*batch.valid.shape):
+
+        def read(index: np.ndarray, m: int = m, s: int = s) -> Tokens:
+            return tuple(batch.tokens[m, s][index[index < NOWHERE]].tolist())
+
+        live = [read(index) for index in batch.live[m, s, b]]
+        if live[0]:
+            prompt = (*read(batch.questions[m, s, b]), live[0][0])
+            cut = tuple(read(index) for index in batch.cut[m, s, b])
+            yield Found(prompt, tuple(x[1:] for x in live), cut, bool(batch.valid[m, s, b]))
