@@ -196,7 +196,8 @@ def theirs(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Tokenizer(make_tokenizer())
         save_model(Path(folder), make_config(shape), make_params(shape), tokenizer, source=None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(device).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

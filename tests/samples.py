@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,9 +65,11 @@ class Found(NamedTuple):
 def find_rows(batch: Batch) -> Iterator[Found]:
     """The rows of a batch, read back from its lines in the order in which they stand there."""
     for m, s, b in np.ndindex(*batch.valid.shape):
+        line = np.asarray(batch.tokens[m, s])
 
-        def read(index: np.ndarray, m: int = m, s: int = s) -> Tokens:
-            return tuple(batch.tokens[m, s][index[index < NOWHERE]].tolist())
+        def read(where: Any, line: np.ndarray = line) -> Tokens:
+            index = np.asarray(where)
+            return tuple(line[index[index < NOWHERE]].tolist())
 
         live = [read(index) for index in batch.live[m, s, b]]
         if live[0]:

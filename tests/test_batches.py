@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from distill_jax.batches import Course, Rows, make_rows, plan_epoch
 from distill_jax.packing import make_grid
 from distill_jax.records import Attempt, Question, Rationale
-from distill_jax.student.objective import Objective
+from distill_jax.student.objective import Objective, Reflection
 from distill_jax.tokenizer import Tokenizer
 
 DEMO = "Question: what is one and one?\nReasoning: 1 + 1 = 2.\nAnswer: 2\n"
@@ -139,7 +139,9 @@ def rows() -> Rows:
     return rows_of(rationales, attempts)
 
 
-def make_course(rows: Rows, *, reflection="triplet", lines: int = 1, epochs: int = 3) -> Course:
+def make_course(
+    rows: Rows, *, reflection: Reflection = "triplet", lines: int = 1, epochs: int = 3
+) -> Course:
     return Course(
         rows,
         Objective(reflection=reflection),
@@ -199,7 +201,7 @@ def test_pairs_are_drawn_anew_each_epoch_and_belong_to_their_question(rows: Rows
 
 
 def test_likelihoods_need_no_second_right_rationale(rows: Rows):
-    def count(reflection: str) -> int:
+    def count(reflection: Reflection) -> int:
         batches = make_course(rows, reflection=reflection, epochs=1).batches()
         return sum(int(batch.counts.valid) for _, batch in batches)
 

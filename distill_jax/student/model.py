@@ -163,7 +163,7 @@ def forward(
     def look(local: Array | None, pairs: Any, query: Array, key: Array, value: Array):
         own, *others = sights if local is None else _narrow(sights, near, local)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        seen = [Stretch(*pair, visible) for pair, visible in zip(pairs, others, strict=True)]
+        seen = [Stretch(k, v, visible) for (k, v), visible in zip(pairs, others, strict=True)]
         return attend(query, [*seen, Stretch(key, value, own)], **softmax(config)), (key, value)
 
     pairs = [(segment.keys, segment.values) for segment in past]

@@ -87,8 +87,10 @@ def losses(
         return Losses(lm, jnp.zeros((), jnp.float32))
     if objective.reflection == "triplet":
         ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends)
-        triple = (ends[:, :, i].reshape(-1, ends.shape[-1]) for i in range(3))
-        reflection = triplet_costs(*triple, batch.valid.ravel(), margin=objective.margin)
+        anchor, positive, negative = ends.reshape(-1, 3, ends.shape[-1]).swapaxes(0, 1)
+        reflection = triplet_costs(
+            anchor, positive, negative, batch.valid.ravel(), margin=objective.margin
+        )
         return Losses(lm, jnp.sum(reflection))
     anchor, negative, lengths = _likelihoods(batch, costs)
     if objective.reflection == "ranking":

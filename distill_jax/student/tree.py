@@ -91,7 +91,9 @@ def tree_states(
     """
 
     def look(local: Array | None, _: Any, query: Array, key: Array, value: Array):
-        window = None if local is None else jnp.where(local, config.window, NOWHERE)
+        window = None
+        if local is not None and config.window is not None:
+            window = jnp.where(local, config.window, NOWHERE)
         line = _Line(query, key, value, batch.positions, window, partial(weigh, **softmax(config)))
         question = line.copy(batch.questions)
         branch = line.copy(batch.live)
