@@ -114,7 +114,7 @@ class TrainConfig(Section):
     prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
     rows: Literal["new", "union"] = "new"  # this round's rationales, or those of all rounds
     start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
-    remat: bool = False  # recompute blocks in the backward pass: less memory, more time
+    remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass recomputes
     checkpoint_every: Count = 200  # steps
 
 

@@ -236,6 +236,7 @@ def _train(
         mesh=mesh,
         state_shardings=jax.tree.map(lambda x: x.sharding, state),
         compute_dtype=jnp.dtype(config.student.compute_dtype),
+        remat="none",
     )
     steps = config.scratch.steps
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:

@@ -41,6 +41,7 @@ class Shape:
     rationale: int
     dtype: str
     prefix_gradient: bool
+    remat: Any
 
 
 def main(
@@ -55,6 +56,7 @@ def main(
     dtype: str = "float32",
     family: Annotated[str, typer.Option(help="gpt2, gptj or llama")] = "gpt2",
     prefix_gradient: bool = False,
+    remat: Annotated[str, typer.Option(help="of our step: none, dots or full")] = "dots",
     steps: int = 7,
     memory: Annotated[bool, typer.Option(help="measure peak memory, each side alone")] = True,
     side: Annotated[str, typer.Option(help="pytorch, ours or both")] = "both",
@@ -63,7 +65,7 @@ def main(
     """Prints seconds per step of both sides, their ratio, tokens, memory and the floor."""
     shape = Shape(
         family, layers, width, heads, vocab, batch, demonstrations, question, rationale, dtype,
-        prefix_gradient,
+        prefix_gradient, remat,
     )  # fmt: skip
     if side != "both":
         print(json.dumps(measure_alone(shape, side, steps)))
@@ -156,7 +158,7 @@ def ours(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict],
     state, layout = init_state(make_params(shape), optimizer, mesh)
     step = make_step(
         make_config(shape), optimizer, objective,
-        mesh=mesh, state_shardings=layout, compute_dtype=jnp.dtype(shape.dtype),
+        mesh=mesh, state_shardings=layout, compute_dtype=jnp.dtype(shape.dtype), remat=shape.remat,
     )  # fmt: skip
     items = [
         [Item(tuple(s.prompt[len(shared):]), *map(tuple, (s.anchor, s.positive, s.negative)))

@@ -213,7 +213,7 @@ def run(config: ModelConfig, params: Params, tokens, positions, mask, past=(), *
     return _compiled(config, params, tokens, positions, mask, past, **options)
 
 
-_compiled = jax.jit(forward, static_argnames=("config", "compute_dtype", "remat", "constrain"))
+_compiled = jax.jit(forward, static_argnames=("config", "compute_dtype", "constrain"))
 
 
 def make_rows(lengths: list[int], *, vocab_size: int, left: bool = False, seed: int = 0):

@@ -173,18 +173,6 @@ def test_a_single_visible_token_has_the_right_gradient():
     assert np.abs(attention["key"]).max() < 1e-6
 
 
-def test_recomputing_blocks_changes_no_gradient():
-    params, rows = make_params(GPT2), make_rows([7, 4], vocab_size=131)
-
-    def loss(params, remat):
-        return jnp.square(run(GPT2, params, *rows, remat=remat)[0]).sum()
-
-    plain, again = (
-        jax.jit(jax.grad(partial(loss, remat=remat)))(params) for remat in (False, True)
-    )
-    assert_same_gradients(again, plain)
-
-
 def test_half_precision_keeps_norms_and_scores_in_float32():
     params, rows = make_params(GPT2), make_rows([7, 4], vocab_size=131)
     exact, _ = run(GPT2, params, *rows)

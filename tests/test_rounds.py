@@ -116,13 +116,16 @@ def num_answers(folder: Path) -> int:
         return database.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
 
+TIMED = {"seconds", "tokens_per_second"}
+
+
 def records(folder: Path) -> dict[str, list[dict]]:
     """Every row of every stage, without the time that it took."""
     names = [stage(folder, r, name) for r in (1, 2) for name in STAGES]
     names += [stage(folder, 0, "dev"), folder / "test.jsonl", folder / "questions.jsonl"]
     return {
         str(path.relative_to(folder)): [
-            {key: value for key, value in row.items() if key != "seconds"}
+            {key: value for key, value in row.items() if key not in TIMED}
             for row in read_rows(path)
         ]
         for path in names

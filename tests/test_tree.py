@@ -27,7 +27,7 @@ VARIANTS = ("gpt2", "gpt-neo", "gptj", "opt-350m", "gemma3", "qwen3")
 @functools.cache
 def states_of(config: ModelConfig):
     mesh = make_mesh(SHARDS, 1, 1)
-    states = bind_states(config, mesh, compute_dtype=jnp.dtype("float32"), remat=False)
+    states = bind_states(config, mesh, compute_dtype=jnp.dtype("float32"), remat="none")
 
     def first(params, batch: Batch):
         return states(params, jax.tree.map(lambda x: x[0], batch._replace(counts=None)))

@@ -6,7 +6,7 @@ and value heads, H head dim, D width, E length of an embedding, V padded vocabul
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ from distill_jax.student.blocks import Block, Norm, constant, matrix, multiply
 
 Params = dict[str, Any]
 """Weights as nested dicts of arrays, those of all layers stacked on axis 0."""
+
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass recomputes of a block: nothing, all but the products with weights (so
+attention and everything of elements), or all of it. The first needs most memory, the last most
+time; on a CPU the second is the fastest, too, as writing and reading costs more than computing."""
+
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Segment(NamedTuple):
@@ -131,7 +139,6 @@ def forward(
     past: Sequence[Segment] = (),
     *,
     compute_dtype: DTypeLike,
-    remat: bool = False,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, "B L E"], Segment]:
     """The states of one stretch of tokens, given the stretches before it.
@@ -149,7 +156,6 @@ def forward(
       mask: True where a real token stands. States of other tokens are finite and mean nothing.
       past: Segments that `forward` returned; their numbers of groups divide B.
       compute_dtype: Of products and states. Norms, softmax and rotary tables are float32.
-      remat: Recompute each block in the backward pass instead of keeping what is inside it.
       constrain: Applied to the states between blocks, to keep them laid out on a mesh.
 
     Returns:
@@ -169,7 +175,7 @@ def forward(
     pairs = [(segment.keys, segment.values) for segment in past]
     x, (keys, values) = run_blocks(
         config, params, tokens, positions, look, pairs,
-        compute_dtype=compute_dtype, remat=remat, constrain=constrain,
+        compute_dtype=compute_dtype, remat="none", constrain=constrain,
     )  # fmt: skip
     return x, Segment(keys, values, positions, mask)
 
@@ -183,16 +189,17 @@ def run_blocks(
     pairs: Any = (),
     *,
     compute_dtype: DTypeLike,
-    remat: bool,
+    remat: Remat,
     constrain: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B L E"], Any]:
     """The states of tokens, however they lie: only `look` knows who sees whom.
 
     Args:
-      config, params, tokens, positions, compute_dtype, remat, constrain: As in `forward`.
+      config, params, tokens, positions, compute_dtype, constrain: As in `forward`.
       look: A `blocks.Look` behind two more arguments: whether the layer is local, None where no
         layer is, and the layer's part of `pairs`.
       pairs: Arrays with the layers on axis 0.
+      remat: What the backward pass recomputes.
 
     Returns:
       As `forward`, and what `look` kept, the layers on axis 0.
@@ -205,8 +212,8 @@ def run_blocks(
         x, kept = block(x, _choose(turns, local), functools.partial(look, local, parts))
         return constrain(x), kept
 
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)
+    if remat != "none":
+        step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[remat])
     local = jnp.array(config.local_layers) if any(config.local_layers) else None
     x = constrain(model.embed(tokens, positions, compute_dtype))
     x, kept = jax.lax.scan(step, x, (model.blocks, local, pairs))

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-from distill_jax.student.model import ModelConfig, Params, run_blocks
+from distill_jax.student.model import ModelConfig, Params, Remat, run_blocks
 from distill_jax.student.objective import Losses, Objective, States, losses
 from distill_jax.student.sharding import BATCH
 from distill_jax.student.tree import Batch, tree_states
@@ -130,7 +130,7 @@ def make_step(
     mesh: Mesh,
     state_shardings: TrainState,
     compute_dtype: jnp.dtype,
-    remat: bool = False,
+    remat: Remat,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step. The state handed in is used up; its layout never changes."""
     step = partial(
@@ -144,7 +144,7 @@ def make_step(
 
 
 def bind_states(
-    config: ModelConfig, mesh: Mesh, *, compute_dtype: jnp.dtype, remat: bool
+    config: ModelConfig, mesh: Mesh, *, compute_dtype: jnp.dtype, remat: Remat
 ) -> States:
     """`tree_states(params, batch)` with lines kept spread over the mesh."""
     lines = NamedSharding(mesh, BATCH)
