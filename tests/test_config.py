@@ -31,10 +31,7 @@ def write(path: Path, values: dict) -> Path:
         ({"sead": 1}, "sead is not a knob; did you mean seed?"),
         ({"train": {"epochs": "x"}}, "train.epochs: input should be a valid integer; got 'x'."),
         ({"train": {"epochs": 2.5}}, "train.epochs: input should be a valid integer; got 2.5."),
-        (
-            {"task": {"demonstrations": 1}},
-            "task.demonstrations: input should be a valid boolean; got 1.",
-        ),
+        ({"reflection": {"prefix_gradient": 1}}, "should be a valid boolean; got 1."),
         ({"train": 5}, "train: input should be a valid dictionary"),
         ({"exam": {"top_p": 0}}, "exam.top_p: input should be greater than 0; got 0."),
         (
