@@ -2,6 +2,7 @@
 
 import functools
 import math
+import mmap
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def _read(
 
     @functools.cache
     def read_part(*ranges: tuple[int, int]) -> np.ndarray:
-        part = np.zeros([stop - start for start, stop in ranges], np.float32)
+        part = _zeros([stop - start for start, stop in ranges])
         box = {
             axis: (start, min(stop, place.sizes[axis]))
             for axis, (start, stop) in zip(place.axes, ranges, strict=True)
@@ -95,6 +96,15 @@ def _read(
         return read_part(*(s.indices(size)[:2] for s, size in zip(index, shape, strict=True)))
 
     return jax.make_array_from_callback(shape, sharding, read_slices)
+
+
+def _zeros(shape: Sequence[int]) -> np.ndarray:
+    """A float32 array on pages of its own.
+
+    They go back to the system at once, where a heap would keep them, and JAX's CPU devices use
+    memory that is aligned like this as it is instead of copying it.
+    """
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), np.float32).reshape(shape)
 
 
 def write_arrays(
