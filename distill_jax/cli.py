@@ -55,10 +55,20 @@ class SplitName(StrEnum):
     TEST = "test"
 
 
+class DtypeName(StrEnum):
+    """What written weights may be."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+WrittenDtype = Annotated[
+    DtypeName, typer.Option("--dtype", help="Of the weights; bfloat16 halves the files.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -214,14 +224,18 @@ def prepare(
 @app.command(name="import")
 def import_(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory or hub id.")],
-    to: Annotated[Path, typer.Option(help="The checkpoint to make.")],
+    to: Annotated[Path, typer.Option(help="The directory to make.")],
+    pickled: Annotated[
+        bool, typer.Option("--pickled", help="Read pytorch_model.bin; needs torch.")
+    ] = False,
+    dtype: WrittenDtype = DtypeName.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
-    """Read published weights, checking every one, and keep them as a checkpoint."""
+    """Check every weight of a published model, and keep it as a student directory."""
     _set_up()
     from distill_jax.exchange import import_model
 
-    _show(import_model(model, to), as_json)
+    _show(import_model(model, to, pickled=pickled, dtype=dtype.value), as_json)
 
 
 @app.command()
@@ -229,10 +243,11 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option(help="The directory to make.")],
     round_index: Annotated[int, typer.Option("--round", help="-1: the chosen round.")] = -1,
+    dtype: WrittenDtype = DtypeName.FLOAT32,
     as_json: AsJson = False,
 ) -> None:
-    """Write a round's student as a Hugging Face directory, ready for transformers."""
+    """Write a round's student as a Hugging Face directory, ready for transformers and servers."""
     _set_up()
     from distill_jax.exchange import export_round
 
-    _show(export_round(run, to, round_index=round_index), as_json)
+    _show(export_round(run, to, round_index=round_index, dtype=dtype.value), as_json)

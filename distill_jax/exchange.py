@@ -1,49 +1,64 @@
-"""Students in and out: Hugging Face directories to checkpoints, and rounds to directories."""
+"""Students in and out: published models to student directories, and rounds to directories."""
 
 from pathlib import Path
 from typing import Any
 
 from distill_jax import weights
-from distill_jax.checkpoint import save_params
 from distill_jax.config import ConfigError, load_config
+from distill_jax.model_card import make_card
 from distill_jax.run_folder import read_json
-from distill_jax.school import find_base, open_student
+from distill_jax.school import Weights, find_base
 from distill_jax.student.model import abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+from distill_jax.tokenizer import load_tokenizer
 
 
-def import_model(name: str, to: Path) -> dict[str, Any]:
-    """Reads a published model and keeps its weights as a float32 checkpoint.
+def import_model(
+    name: str, to: Path, *, pickled: bool = False, dtype: weights.Written = "float32"
+) -> dict[str, Any]:
+    """Reads a published model, checks every weight, and writes it as a student directory.
+
+    Any published directory or hub id with safetensors can be a student as it is; this is for those
+    that have only `pytorch_model.bin`, and to have a copy that is known to be whole.
 
     Args:
       name: A Hugging Face directory or hub id.
-      to: The checkpoint's folder, made here.
+      to: The directory, made here; `student.model` may name it.
+      pickled: Reads `pytorch_model.bin` instead of safetensors. Needs torch, which unpickles
+        nothing but numbers.
+      dtype: Of the weights written.
 
     Returns:
-      `model` and `checkpoint`.
+      `model` and `directory`.
 
     Raises:
-      ValueError: `to` exists, or the model can't be read; the message lists every weight that is
-        missing, unexpected or misshapen.
+      ValueError: `to` holds something, or the model can't be read; the message lists every weight
+        that is missing, unexpected or misshapen.
     """
-    if to.exists():
-        raise ConfigError(f"{to} exists already; name a new folder.")
-    base = weights.find_model(name)
-    model = weights.read_model_config(base)
-    shapes = abstract_params(model)
-    layout = shardings(make_mesh(1, -1, 1), logical_axes(model), shapes, TRAIN_RULES)
-    params = weights.load_params(base, model, layout)
-    save_params(to, params)
-    return {"model": str(base), "checkpoint": str(to)}
+    weights.check_new(to)
+    base = weights.find_model(name, pickled=pickled)
+    model = weights.read_model_config(base, pickled=pickled)
+    tokenizer = load_tokenizer(str(base))
+    layout = shardings(
+        make_mesh(1, -1, 1), logical_axes(model), abstract_params(model), TRAIN_RULES
+    )
+    params = weights.load_params(base, model, layout, pickled=pickled)
+    weights.save_model(to, model, params, tokenizer, source=base, dtype=dtype)
+    return {"model": str(base), "directory": str(to)}
 
 
-def export_round(folder: Path, to: Path, *, round_index: int = -1) -> dict[str, Any]:
-    """Writes the student after a round as a Hugging Face directory.
+def export_round(
+    folder: Path, to: Path, *, round_index: int = -1, dtype: weights.Written = "float32"
+) -> dict[str, Any]:
+    """Writes the student after a round as a Hugging Face directory with a model card.
+
+    The devices here decide how the weights lie, not those that trained them.
 
     Args:
       folder: The run.
       to: The directory, made here.
       round_index: Which round; 0 is the untrained student, -1 the one that the run chose.
+      dtype: Of the weights written.
 
     Returns:
       `run`, `round` and `directory`.
@@ -59,9 +74,19 @@ def export_round(folder: Path, to: Path, *, round_index: int = -1) -> dict[str, 
         if not result:
             raise ConfigError(f"{folder} is not finished; name a round with --round.")
         round_index = result["chosen_round"]
-    student = open_student(config, find_base(config, folder), folder)
-    params = student.weights.get(round_index)
-    weights.save_model(to, student.model, params, student.tokenizer, source=student.base)
+    weights.check_new(to)
+    base = find_base(config, folder)
+    model = weights.read_model_config(base)
+    params = Weights(folder, base, model, make_mesh(1, -1, 1)).take(round_index)
+    weights.save_model(
+        to,
+        model,
+        params,
+        load_tokenizer(str(base)),
+        source=base,
+        dtype=dtype,
+        card=make_card(folder, round_index, name=to.name),
+    )
     return {
         "run": str(folder),
         "round": round_index,

@@ -16,6 +16,8 @@ _PLACEHOLDER = re.compile(r"<\|extratoken_\d+\|>")  # GPT-J names the rows that 
 OLDER_FILES = ("vocab.json", "tokenizer.model", "spiece.model")
 """What older directories hold instead of `tokenizer.json`."""
 
+T5_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
+
 BEGINS, ENDS, BLANK = 1, 2, 4
 """Bits of `Tokenizer.newlines`."""
 
@@ -123,10 +125,21 @@ def load_tokenizer(name: str) -> Tokenizer:
             json.loads(file.read_text())  # the reader below would not name the file
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}.") from None
-        return Tokenizer(PreTrainedTokenizerFast.from_pretrained(name))
+        return Tokenizer(_find_class(directory).from_pretrained(name))
     if any((directory / older).is_file() for older in OLDER_FILES):
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(name))
     raise ValueError(f"{name} holds no tokenizer.json; a student needs one beside its weights.")
+
+
+def _find_class(directory: Path) -> type[PreTrainedTokenizerFast]:
+    """What reads `tokenizer.json`: as it says, but for T5.
+
+    T5's pieces drop white space at the end of a text. The published file does not say so, as
+    SentencePiece did it; transformers mends that in a class of its own.
+    """
+    file = directory / "tokenizer_config.json"
+    said = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+    return transformers.T5Tokenizer if said in T5_CLASSES else PreTrainedTokenizerFast
 
 
 MIN_SHARED = 32

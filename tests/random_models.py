@@ -252,4 +252,4 @@ def published_logits(model, tokens, positions, mask) -> tuple[np.ndarray, np.nda
             position_ids=torch.tensor(np.asarray(positions)),
             output_hidden_states=True,
         )
-    return out.logits.numpy(), out.hidden_states[-1].numpy()
+    return out.logits.float().numpy(), out.hidden_states[-1].float().numpy()

@@ -88,10 +88,10 @@ def test_the_tutor_serves_until_it_is_interrupted():
     assert process.returncode == 14 and "Traceback" not in err, err
 
 
-def test_import_keeps_the_weights_of_a_model(shared: Path, tmp_path: Path):
+def test_import_keeps_a_model_as_a_student_directory(shared: Path, tmp_path: Path):
     model = shared / "models" / "babyllama-361"
-    done = command("import", model, "--to", tmp_path / "checkpoint", "--json")
+    done = command("import", model, "--to", tmp_path / "student", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "checkpoint")
-    again = command("import", model, "--to", tmp_path / "checkpoint")
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert json.loads(done.stdout)["directory"] == str(tmp_path / "student")
+    again = command("import", tmp_path / "student", "--to", tmp_path / "student")
+    assert again.returncode == 2 and "is not empty" in again.stderr

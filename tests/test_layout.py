@@ -18,14 +18,15 @@ student.sampling student.decode
 families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families
-families.layout families.config_json families.arrays weights
+families.layout families.config_json families.stored families.pickled families.files families.arrays
+weights
 run_folder progress checkpoint generate exam
 teacher.ledger teacher.reply teacher.governor teacher.account teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-training school rounds exchange cli __main__
+training school rounds model_card exchange cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
@@ -77,6 +78,15 @@ def test_only_the_teacher_touches_the_network_of_endpoints():
     for name, path in modules().items():
         if not name.startswith("teacher."):
             assert "openai" not in {target.split(".")[0] for target in imports(path)}, name
+
+
+def test_only_the_reader_of_pickles_needs_torch():
+    needing = {
+        name
+        for name, path in modules().items()
+        if "torch" in {target.split(".")[0] for target in imports(path)}
+    }
+    assert needing == {"families.pickled"}
 
 
 def test_the_report_never_needs_a_device():

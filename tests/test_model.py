@@ -24,6 +24,7 @@ from distill_jax.student.model import (
     ModelConfig,
     Segment,
     abstract_params,
+    forward,
     head,
     init_params,
     logical_axes,
@@ -47,9 +48,73 @@ def test_equals_transformers(name, tmp_path):
         hidden, _ = run(config, params, *rows)
         real = rows[2]
         ours = logits(config, params, hidden)[..., : config.vocab_size]
-        assert np.abs(np.asarray(hidden) - states)[real].max() < TOLERANCE
-        assert np.abs(np.asarray(ours) - scores)[real].max() < TOLERANCE
+        apart = np.abs(np.asarray(hidden) - states)[real].max()
+        scores_apart = np.abs(np.asarray(ours) - scores)[real].max()
+        print(f"{name}: states {apart:.1e}, logits {scores_apart:.1e} from transformers")
+        assert apart < TOLERANCE
+        assert scores_apart < TOLERANCE
         assert np.isfinite(hidden).all()
+
+
+HALF = ["gpt2", "gptj", "opt-350m", "gpt-neo", "gpt-neox", "llama-3", "qwen3", "gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_bfloat16_is_as_near_as_that_of_transformers(name, tmp_path):
+    """To float32 with the same rounded weights, by root mean square; a rounding is up to 0.4%."""
+    torch = pytest.importorskip("torch")
+    published = make_published(tmp_path, name).to(torch.bfloat16)
+    published.save_pretrained(tmp_path)
+    config = read_model_config(tmp_path)
+    params = load_params(tmp_path, config, whole(config))
+    rows = make_rows([9, 5, 12, 1], vocab_size=config.vocab_size)
+    theirs = published_logits(published, *rows)
+    exact, rough = (
+        [logits(config, params, hidden)[..., : config.vocab_size], hidden]
+        for dtype in (jnp.float32, jnp.bfloat16)
+        for hidden, _ in [run(config, params, *rows, compute_dtype=dtype)]
+    )
+    for what, true, ours, other in zip(("logits", "states"), exact, rough, theirs, strict=True):
+        far, their_far, apart = (
+            _distance(one, two, true, rows[2])
+            for one, two in ((ours, true), (other, true), (ours, other))
+        )
+        print(f"{name}: {what} in bfloat16 {far:.2%} off, transformers {their_far:.2%}")
+        assert far < 1.3 * their_far
+        assert apart < 0.02
+
+
+def _distance(one, other, scale, mask) -> float:
+    """Root mean square of a difference, as a share of that of `scale`."""
+    one, other, scale = (np.asarray(x, np.float32)[mask] for x in (one, other, scale))
+    return float(np.linalg.norm(one - other) / np.linalg.norm(scale))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "gemma3"])
+def test_half_precision_keeps_norms_softmax_and_angles_in_float32(name):
+    config = variant(name)
+    shapes = abstract_params(config)
+    rows = make_rows([7, 4], vocab_size=config.vocab_size)
+    traced = jax.make_jaxpr(partial(forward, config, compute_dtype=jnp.bfloat16))(shapes, *rows)
+    found = {"dot_general": set(), "rsqrt": set(), "exp": set(), "cos": set(), "sin": set()}
+    for equation in equations(traced.jaxpr):
+        kind = equation.primitive.name
+        if kind in found:
+            found[kind] |= {x.aval.dtype.name for x in equation.invars}
+    assert found.pop("dot_general") == {"bfloat16"}
+    turned = config.positions == "rotary"
+    assert found.pop("cos") == found.pop("sin") == ({"float32"} if turned else set())
+    assert found == {"rsqrt": {"float32"}, "exp": {"float32"}}
+
+
+def equations(jaxpr):
+    """All of a program's operations, also those inside loops and calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def assert_same_gradients(ours, plain):

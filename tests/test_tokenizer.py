@@ -43,6 +43,33 @@ def test_a_prompt_has_the_ids_that_are_published(tokenizer, directory):
     assert expected[len(begins)] not in begins  # not doubled
 
 
+TEXTS = [
+    *(
+        "",
+        " leading",
+        "trailing ",
+        "two  spaces",
+        "a\tb",
+        "\n\n",
+        "1234567",
+        "caf\u00e9 \ufb01 \u00bd",
+    ),
+    *("don't I'll '", "\u4f60\u597d \U0001f600", PROMPT, PROMPT + TARGET),
+]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-j", "gpt-neox", "opt", "qwen2", "flan-t5"])
+def test_ids_are_those_that_transformers_and_servers_use(name, shared):
+    """T5's file alone would keep a space at the end of a text."""
+    directory = shared / "models" / "tokenizers" / name
+    ours = load_tokenizer(str(directory))
+    published = transformers.AutoTokenizer.from_pretrained(directory)
+    ends = [ours.end_id] if name == "flan-t5" else []
+    for text in TEXTS:
+        assert [*ours.encode_prompt(text), *ends] == published(text)["input_ids"], repr(text)
+        assert ours.num_tokens <= len(published)
+
+
 def test_what_looks_special_is_text(tokenizer):
     text = "Say </s> or <s> or <|endoftext|> now"
     ids = tokenizer.encode_prompt(text)
@@ -110,6 +137,7 @@ def test_blank_lines_that_are_one_token(shared):
 
 def test_ids_that_mean_something(shared):
     sizes = {"gpt2": 50257, "gpt-j": 50257, "gpt-neox": 50277, "opt": 50265, "qwen2": 151646}
+    sizes["flan-t5"] = 32100
     for name, size in sizes.items():
         assert load_tokenizer(str(shared / "models/tokenizers" / name)).num_tokens == size
 

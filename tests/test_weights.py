@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from distill_jax.families import arrays
 from distill_jax.families.config_json import find_family_for
+from distill_jax.families.layout import Placement
 from distill_jax.student.model import logits
 from distill_jax.student.sharding import EXAM_RULES, TRAIN_RULES, make_mesh
 from distill_jax.tokenizer import load_tokenizer
@@ -120,6 +121,29 @@ def test_every_family_goes_in_and_out_exactly_on_any_mesh(name, tmp_path, shared
         np.testing.assert_array_equal(found[key], value, err_msg=key)
     said = [json.loads((folder / "config.json").read_text()) for folder in (source, out)]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox", "llama", "opt-350m"])
+@pytest.mark.parametrize("stretch_bytes", [1, 400, 2**23])
+def test_every_number_of_a_file_is_read_once(name, stretch_bytes, tmp_path, monkeypatch):
+    """Also where three of ours share an array, and where two devices keep the same part."""
+    make_published(tmp_path, name)
+    config = read_model_config(tmp_path)
+    expected = load_params(tmp_path, config, whole(config))
+    times: dict[int, np.ndarray] = {}
+    view = Placement.view
+
+    def count(place, array, wanted):
+        seen = times.setdefault(array.offset, np.zeros(array.shape, int))
+        view(place, seen, wanted)[...] += 1
+        return view(place, array, wanted)
+
+    monkeypatch.setattr(Placement, "view", count)
+    monkeypatch.setattr(arrays, "STRETCH_BYTES", stretch_bytes)
+    spread = whole(config, make_mesh(2, 2, 2), TRAIN_RULES)
+    assert_same_params(load_params(tmp_path, config, spread), expected)
+    assert all((seen == 1).all() for seen in times.values())
+    assert len(times) == len(load_file(tmp_path / "model.safetensors"))
 
 
 def test_rows_that_pad_the_vocabulary_are_zero_and_stay_here(tmp_path, shared):
@@ -244,6 +268,13 @@ def test_broken_directories_are_refused_by_name(tmp_path, shared):
         read(cut)
     weights.unlink()
     with pytest.raises(WeightsError, match=r"cut holds no model\.safetensors"):
+        read(cut)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (cut / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r"cut holds no model-00001-of-00002\.safetensors"):
+        read(cut)
+    (cut / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"index\.json has no weight_map that names files"):
         read(cut)
     (cut / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json is not JSON"):

@@ -1,156 +1,136 @@
-"""The published arrays of a directory: opened, checked against a table, read, and written."""
+"""Published arrays checked against a table, read onto devices, and written."""
 
-import contextlib
-import json
+import functools
 import math
+import mmap
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from distill_jax.families.files import INDEX, SINGLE, write_json
 from distill_jax.families.layout import Placement, flatten
+from distill_jax.families.stored import FLOATS, Stored
 from distill_jax.families.table import Family
 from distill_jax.student.model import Params
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = ("F64", "F32", "F16", "BF16")
 FILE_BYTES = 4 * 10**9
 """A file is closed before it would grow beyond this."""
 
-
-class WeightsError(ValueError):
-    """A model that can't be read or written. The message names the file and all that is wrong."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      WeightsError: the file is absent, or not JSON.
-    """
-    if not file.is_file():
-        raise WeightsError(f"{file.parent} holds no {file.name}; give a Hugging Face directory.")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{file} is not JSON: {error}.") from None
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object."""
-    file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def open_arrays(directory: Path, family: Family, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Opens every published array without reading it.
-
-    Args:
-      directory: Holds one file of weights, or an index and the files that it names.
-      family: Whose prefix is put back where the files leave it out.
-      stack: Closes the files.
-
-    Returns:
-      By full name: what gives shape, dtype and any box of the array.
-
-    Raises:
-      WeightsError: a file is absent, cut short or corrupt.
-    """
-    known = {published.format(0) for published, _ in family.weights.values()}
-
-    def full(name: str) -> str:
-        longer = family.prefix + name
-        return longer if re.sub(r"\.\d+\.", ".0.", longer) in known else name
-
-    if (directory / INDEX).is_file():
-        files = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-    else:
-        files = [SINGLE]
-    sources = {}
-    for file in (directory / name for name in files):
-        if not file.is_file():
-            raise WeightsError(f"{directory} holds no {file.name}; weights are read from it.")
-        try:
-            opened = stack.enter_context(safe_open(file, "np"))
-        except SafetensorError as error:
-            raise WeightsError(f"{file} is cut short or corrupt: {error}.") from None
-        names = opened.keys()
-        sources |= {full(name): opened.get_slice(name) for name in names}
-    return sources
+STRETCH_BYTES = 2**23
+"""No more of a file is mapped at a time."""
 
 
 def find_misfits(
-    placements: Sequence[Placement], family: Family, sources: Mapping[str, Any], *, tied: bool
+    placements: Sequence[Placement], family: Family, arrays: Mapping[str, Stored], *, tied: bool
 ) -> Iterator[str]:
     """Yields a line for every array that is missing, misshapen or not known."""
     expected = {name: place.shape for place in placements for name in place.names}
     for name, shape in expected.items():
-        if name not in sources:
+        if name not in arrays:
             yield f"missing: {name} {list(shape)}"
-        elif tuple(sources[name].get_shape()) != shape:
-            found = sources[name].get_shape()
-            yield f"misshapen: {name} is {found}, expected {list(shape)}"
-        elif sources[name].get_dtype() not in FLOATS:
-            yield f"not a float: {name} holds {sources[name].get_dtype()}"
+        elif arrays[name].shape != shape:
+            yield f"misshapen: {name} is {list(arrays[name].shape)}, expected {list(shape)}"
+        elif arrays[name].kind not in FLOATS:
+            yield f"not a float: {name} holds {arrays[name].kind}"
     copies = {family.weights["head"][0]} if tied else set()
-    for name in sorted(sources.keys() - expected.keys() - copies):
+    for name in sorted(arrays.keys() - expected.keys() - copies):
         if not any(re.search(pattern, name) for pattern in family.ignored):
-            yield f"unexpected: {name} {sources[name].get_shape()}"
+            yield f"unexpected: {name} {list(arrays[name].shape)}"
 
 
 def load(
-    place: Placement, shape: tuple[int, ...], sources: Mapping[str, Any], sharding: Sharding
+    place: Placement, shape: tuple[int, ...], arrays: Mapping[str, Stored], sharding: NamedSharding
 ) -> jax.Array:
-    """Reads one of our weights, each device's part on its own, as float32.
+    """Reads one of our weights onto its devices, as float32, one published array after the other.
+
+    Every process reads what its own devices keep, and that once. The host holds one published
+    array at a time.
 
     Args:
       place: Where it stands.
       shape: Ours, layers and padded vocabulary included; rows that pad are zero.
-      sources: From `open_arrays`.
-      sharding: How it lies on the devices.
+      arrays: From `find_arrays`, without misfits.
+      sharding: How it lies on the devices; layers are not spread.
     """
+    if not place.stacked:
+        return _read(place, shape, arrays[place.names[0]], sharding)
+    one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    for layer, name in enumerate(place.names):
+        stack = _set_layer(stack, _read(place, shape[1:], arrays[name], one), layer)
+        stack.block_until_ready()  # the host lets go of a layer before it reads the next
+    return stack
 
-    def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        part = np.zeros([stop - start for start, stop in ranges], np.float32)
-        names = place.names[slice(*ranges[0])] if place.stacked else place.names
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, weight: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, weight, layer, axis=0)
+
+
+def _read(
+    place: Placement, shape: tuple[int, ...], stored: Stored, sharding: NamedSharding
+) -> jax.Array:
+    """Reads a weight of one layer, each part once however many devices keep it."""
+
+    @functools.cache
+    def read_part(*ranges: tuple[int, int]) -> np.ndarray:
+        part = _zeros([stop - start for start, stop in ranges])
         box = {
             axis: (start, min(stop, place.sizes[axis]))
-            for axis, (start, stop) in zip(place.axes, ranges[place.stacked :], strict=True)
+            for axis, (start, stop) in zip(place.axes, ranges, strict=True)
         }
-        if any(start >= stop for start, stop in box.values()):
-            return part  # nothing but rows that pad the vocabulary
-        for view, name in zip(part if place.stacked else [part], names, strict=True):
-            piece = place.read(sources[name], box)
-            view[tuple(slice(size) for size in piece.shape)] = piece
+        if all(start < stop for start, stop in box.values()):  # not only padded vocabulary
+            place.read(stored.map, box, part, stretch_bytes=STRETCH_BYTES)
         return part
 
-    return jax.make_array_from_callback(shape, sharding, read_part)
+    def read_slices(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        return read_part(*(s.indices(size)[:2] for s, size in zip(index, shape, strict=True)))
+
+    return jax.make_array_from_callback(shape, sharding, read_slices)
+
+
+def _zeros(shape: Sequence[int]) -> np.ndarray:
+    """A float32 array on pages of its own.
+
+    They go back to the system at once, where a heap would keep them, and JAX's CPU devices use
+    memory that is aligned like this as it is instead of copying it.
+    """
+    return np.frombuffer(mmap.mmap(-1, 4 * math.prod(shape)), np.float32).reshape(shape)
 
 
 def write_arrays(
-    directory: Path, placements: Sequence[Placement], params: Params, *, writes: bool
+    directory: Path,
+    placements: Sequence[Placement],
+    params: Params,
+    *,
+    dtype: np.dtype,
+    writes: bool,
 ) -> None:
-    """Writes all weights under their published names, as float32, in files of bounded size.
+    """Writes all weights under their published names, in files of bounded size.
 
     Every process calls this, since weights may be spread over several; one of them `writes`.
     """
-    sizes = {name: 4 * math.prod(place.shape) for place in placements for name in place.names}
+    sizes = {
+        name: dtype.itemsize * math.prod(place.shape)
+        for place in placements
+        for name in place.names
+    }
     files = _plan_files(sizes)
     if len(set(files.values())) > 1 and writes:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
         write_json(directory / INDEX, index)
     left = Counter(files.values())
     pending: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for name, array in _published_arrays(placements, params):
+    for name, array in _published_arrays(placements, params, dtype):
         file = files[name]
         pending[file][name] = array
         if len(pending[file]) == left[file]:
@@ -172,7 +152,7 @@ def _plan_files(sizes: Mapping[str, int]) -> dict[str, str]:
 
 
 def _published_arrays(
-    placements: Sequence[Placement], params: Params
+    placements: Sequence[Placement], params: Params, dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every published array; weights that share one are gathered together."""
     flat = flatten(params)
@@ -182,7 +162,7 @@ def _published_arrays(
     for names, places in sharing.items():
         weights = [_to_host(flat[place.path]) for place in places]
         for layer, name in enumerate(names):
-            array = np.empty(places[0].shape, np.float32)
+            array = np.empty(places[0].shape, dtype)
             for place, weight in zip(places, weights, strict=True):
                 place.write(array, weight[layer] if place.stacked else weight)
             yield name, array

@@ -64,7 +64,6 @@ def write_config(
     written = dict(published) | {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "dtype": "float32",
     }
     written.pop("torch_dtype", None)  # the older spelling of dtype
     before = _read_fields(family, published)

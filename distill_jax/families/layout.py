@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,54 +40,56 @@ class Placement:
         """Of a published array."""
         return tuple(math.prod(self.sizes[dim] for dim in group) for group in self.groups)
 
-    def read(self, source: Any, wanted: Ranges) -> np.ndarray:
-        """Reads a box of our weight, in our order of dims, as float32.
+    def view(self, array: np.ndarray, wanted: Ranges) -> np.ndarray:
+        """A box of our weight inside a published array, in our order of dims.
 
         Args:
-          source: Gives a numpy array for a tuple of slices, and reads no more than that.
+          array: The published one.
           wanted: The box; an axis that it leaves out is wanted whole.
         """
-        covers, shape, inner = [], [], []
-        for group in self.groups:
-            ranges = [self._range(dim, wanted) for dim in group]
-            cover, local, box = _cover(ranges, [self.sizes[dim] for dim in group])
-            covers.append(cover)
-            shape += local
-            inner += box
-        block = source[tuple(covers)].astype(np.float32)
-        return self._to_ours(block.reshape(shape)[tuple(inner)])
+        dims = [dim for group in self.groups for dim in group]
+        apart = array.reshape([self.sizes[dim] for dim in dims])
+        box = apart[tuple(slice(*self._range(dim, wanted)) for dim in dims)]
+        box = box.squeeze(tuple(i for i, dim in enumerate(dims) if "/" in dim))
+        left = [dim for dim in dims if "/" not in dim]
+        return box.transpose([left.index(axis) for axis in self.axes])
+
+    def read(
+        self,
+        map_array: Callable[[], np.ndarray],
+        wanted: Ranges,
+        target: np.ndarray,
+        *,
+        stretch_bytes: int,
+    ) -> None:
+        """Copies a box into the beginning of `target`, in stretches of the file.
+
+        Args:
+          map_array: Gives the published array as it lies in the file. Called for every stretch:
+            what is mapped counts as memory of the process as soon as it is read.
+          wanted: The box, with all axes.
+          target: At least as large as the box.
+          stretch_bytes: How much of `target` is filled at a time.
+        """
+        slowest = next(dim for group in self.groups for dim in group if "/" not in dim)
+        start, stop = wanted[slowest]
+        step = max(1, stretch_bytes * (stop - start) // target.nbytes)
+        for first in range(start, stop, step):
+            box = {**wanted, slowest: (first, min(first + step, stop))}
+            view = self.view(map_array(), box)
+            into = {axis: a - wanted[axis][0] for axis, (a, _) in box.items()}
+            ends = zip(into.values(), view.shape, strict=True)
+            target[tuple(slice(a, a + size) for a, size in ends)] = view
 
     def write(self, target: np.ndarray, weight: np.ndarray) -> None:
         """Writes our weight of one layer, cut to the published sizes, into its place."""
-        dims = [dim for group in self.groups for dim in group]
-        view = target.reshape([self.sizes[dim] for dim in dims])
-        view = view[tuple(slice(*self._range(dim, {})) for dim in dims)]
-        self._to_ours(view)[...] = weight[tuple(slice(self.sizes[axis]) for axis in self.axes)]
+        self.view(target, {})[...] = weight[tuple(slice(self.sizes[axis]) for axis in self.axes)]
 
     def _range(self, dim: str, wanted: Ranges) -> tuple[int, int]:
         if "/" in dim:  # "1/3" is the second of three parts
             part = int(dim.partition("/")[0])
             return part, part + 1
         return wanted.get(dim, (0, self.sizes[dim]))
-
-    def _to_ours(self, block: np.ndarray) -> np.ndarray:
-        """A view in our order of dims of a block that has every published dim."""
-        dims = [dim for group in self.groups for dim in group]
-        block = block.squeeze(tuple(i for i, dim in enumerate(dims) if "/" in dim))
-        left = [dim for dim in dims if "/" not in dim]
-        return block.transpose([left.index(axis) for axis in self.axes])
-
-
-def _cover(
-    ranges: Sequence[tuple[int, int]], sizes: Sequence[int]
-) -> tuple[slice, list[int], list[slice]]:
-    """The stretch of a joined dim that holds a box: the stretch, its shape, the box inside it."""
-    first = next((i for i, (a, b) in enumerate(ranges) if b - a != 1), len(ranges) - 1)
-    offset = sum(ranges[i][0] * math.prod(sizes[i + 1 :]) for i in range(first))
-    (start, stop), inner = ranges[first], math.prod(sizes[first + 1 :])
-    shape = [1] * first + [stop - start, *sizes[first + 1 :]]
-    box = [slice(None)] * (first + 1) + [slice(a, b) for a, b in ranges[first + 1 :]]
-    return slice(offset + start * inner, offset + stop * inner), shape, box
 
 
 def find_placements(config: ModelConfig, family: Family) -> list[Placement]:
