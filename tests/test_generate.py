@@ -30,9 +30,7 @@ TINY = ModelConfig(
     vocab_size=len(CHARACTERS) + 1, width=32, layers=2, heads=4, kv_heads=2, head_dim=8,
     mlp_width=48, max_positions=80,
 )  # fmt: skip
-EXAM = ExamConfig(
-    samples=2, top_k=20, max_new_tokens=12, greedy_max_new_tokens=12, batch_questions=4
-)
+EXAM = ExamConfig(samples=2, top_k=20, max_new_tokens=12, greedy_max_new_tokens=12, slots=16)
 PROMPTS = [
     f"solve this sum for me: {text}" for text in
     ("1+2", "what is 30+41?", "a", "tom has 4 hats.", "9+9+9+9+9+9?", "go", "how many: 3+3")

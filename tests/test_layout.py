@@ -19,7 +19,7 @@ families.table families.fields families.llama families.mistral families.qwen2 fa
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families
 families.layout families.config_json families.arrays weights
-run_folder progress checkpoint generate exam
+run_folder progress checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.governor teacher.account teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch
