@@ -12,6 +12,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distill_jax.config import ExamConfig
+from distill_jax.engine import Engine
 from distill_jax.generate import Generate, make_generate
 from distill_jax.records import Completion
 from distill_jax.student.model import (
@@ -21,6 +22,7 @@ from distill_jax.student.model import (
     init_params,
     logical_axes,
 )
+from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.weights import load_params, read_model_config
@@ -133,16 +135,35 @@ def test_what_is_done_is_left_out_and_changes_nothing(single, expected, done):
     assert answer(single, range(7), done=done) == wanted
 
 
-def test_batch_size_and_neighbours_do_not_matter(characters, expected):
-    school = student(characters, EXAM.model_copy(update={"batch_questions": 3}), 1, 1, 1)
-    assert answer(school, range(7)) == expected
-    # Without the shared beginning of seven prompts, and with fewer of them.
-    assert answer(school, [3]) == {IDS[3]: expected[IDS[3]]}
+@pytest.mark.parametrize(
+    ("slots", "axes", "done"),
+    [(8, (1, 1, 1), set()), (8, (1, 1, 1), {6, 1}), (24, (1, 1, 1), {2}), (16, (2, 1, 1), set()),
+     (16, (1, 2, 1), {0, 3, 4}), (0, (2, 2, 2), {5})],
+    ids=str,
+)  # fmt: skip
+def test_slots_devices_and_interruptions_do_not_matter(characters, expected, slots, axes, done):
+    school = student(characters, EXAM.model_copy(update={"slots": slots}), *axes)
+    found = answer(school, range(7), done=done)
+    assert found == {name: rows for index, (name, rows) in enumerate(sorted(expected.items()))
+                     if index not in done}  # fmt: skip
 
 
-@pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_devices_do_not_matter(characters, expected, axes):
-    assert answer(student(characters, EXAM, *axes), range(7)) == expected
+def test_neighbours_do_not_matter(single, expected):
+    # Without the shared beginning of seven prompts.
+    assert answer(single, [3]) == {IDS[3]: expected[IDS[3]]}
+
+
+def test_a_tensor_axis_does_not_matter(characters, expected):
+    generate, params = student(characters, EXAM, 2, 1, 2)
+    engine = Engine(
+        TINY,
+        make_mesh(2, 1, 2),  # as it were if the weights did not fit one device
+        end_id=characters.end_id or 0,
+        newlines=characters.newlines,
+        sampling=Sampling(top_k=EXAM.top_k),
+        compute_dtype=jnp.float32,
+    )
+    assert answer((dataclasses.replace(generate, engine=engine), params), range(7)) == expected
 
 
 def test_draws_follow_seed_round_and_id_and_greedy_follows_none(single, expected):
