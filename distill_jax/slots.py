@@ -184,10 +184,9 @@ class Seating:
         self._queue, self._share = deque(queue), len(queue[0].rows)
         self._together = max(1, slots // (4 * self._share))
         # A prompt is held from before its rows sit down until the last of them has ended.
-        held = queue[: 2 * slots // self._share + self._together]
-        self.sizes = Sizes(
-            slots, padded_length(sum(p.num_pages for p in held)), _usual_pages(slots)
-        )
+        held = queue[: 3 * slots // (2 * self._share) + self._together]
+        num_pages = sum(prompt.num_pages for prompt in held)
+        self.sizes = Sizes(slots, _rounded(num_pages), _usual_pages(slots))
         self._desks = [_Desk(self.sizes) for _ in range(desks)]
         self._prompt_width = _padded_pages(ordered[-1].num_pages)
         self._own_width = -(-max(row.limit for p in prompts for row in p.rows) // PAGE)
@@ -273,7 +272,7 @@ class Seating:
         own = max(sum(row.num_pages for row in desk.live) for desk in self._desks)
         _, had_prompts, had_own = self.sizes
         if slots < self.sizes.slots:
-            had_prompts, had_own = padded_length(prompts), _usual_pages(slots)
+            had_prompts, had_own = _rounded(prompts), _usual_pages(slots)
         sizes = Sizes(
             slots,
             had_prompts if prompts <= had_prompts else padded_length(prompts),
@@ -321,8 +320,12 @@ def _half(slots: int) -> int:
 
 
 def _usual_pages(slots: int) -> int:
-    """Pages that so many rows use when some are young and some are old."""
-    return padded_length(slots * 5 // 2)
+    """Pages that so many rows use when some are young and some are old, with some to spare."""
+    return _rounded(slots * 21 // 8)
+
+
+def _rounded(pages: int) -> int:
+    return -(-max(pages, 1) // LEAST) * LEAST
 
 
 def _padded_pages(pages: int) -> int:
