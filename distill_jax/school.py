@@ -17,7 +17,7 @@ from distill_jax.exam import passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.records import Attempt, Question, Split
+from distill_jax.records import Attempt, Kind, Question, Split
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
@@ -257,7 +257,7 @@ def examine(
 def _count_votes(
     questions: Sequence[Question], each: Sequence[Sequence[Attempt]], votes: int
 ) -> dict[str, Any]:
-    kinds = {question.id: question.kind for question in questions}
+    kinds: dict[str, Kind] = {question.id: question.kind for question in questions}
     agreed = sum(vote(answered, kinds[answered[0].question_id]) for answered in each)
     return {
         "votes": votes,

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
+from random_models import make_published, whole
 from transformers import PreTrainedTokenizerFast
 
 from distill_jax.config import ExamConfig
 from distill_jax.engine import Engine
-from distill_jax.generate import Generate, make_generate
+from distill_jax.generate import Generate, make_generate, sit
 from distill_jax.records import Completion
+from distill_jax.slots import Prompt, Row
 from distill_jax.student.model import (
     ModelConfig,
     Params,
@@ -253,23 +256,42 @@ def test_greedy_equals_transformers_on_real_models(shared, name, prompts, count)
     check_against_transformers(shared / "models" / name, prompts, count)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_equals_transformers_on_random_models(tmp_path, family):
+FAMILIES = [
+    "gpt2", "gpt-neo", "gptj", "opt-350m", "gpt-neox", "llama-3", "qwen2", "qwen3", "gemma2",
+    "gemma3", "mistral",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_in_refilled_slots(tmp_path, family):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    size = len(CHARACTERS) + 1
-    config = {
-        "llama": lambda: transformers.LlamaConfig(
-            vocab_size=size, hidden_size=48, intermediate_size=64, num_hidden_layers=3,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=90,
-            initializer_range=0.4, bos_token_id=None, eos_token_id=0,
-        ),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=size, n_embd=48, n_layer=3, n_head=4, n_positions=90,
-            initializer_range=0.4, bos_token_id=None, eos_token_id=0,
-        ),
-    }[family]()  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    publish_characters(tmp_path)
-    check_against_transformers(tmp_path, PROMPTS, 40)
+    published = make_published(tmp_path, family)
+    published.generation_config.eos_token_id = None
+    config = read_model_config(tmp_path)
+    rng = np.random.default_rng(0)
+    lengths, limits = rng.integers(1, 21, 12), rng.integers(3, 20, 12)
+    prompts = [Prompt(i, rng.integers(0, 131, n).tolist()) for i, n in enumerate(lengths)]
+    for prompt, limit in zip(prompts, limits, strict=True):
+        prompt.rows = [Row(prompt, 0, int(limit), np.zeros(2, np.uint32))]
+    engine = Engine(
+        config,
+        make_mesh(1, 1, 1),
+        end_id=-1,
+        newlines=np.zeros(config.vocab_size, np.uint8),
+        sampling=Sampling(),
+        compute_dtype=jnp.float32,
+    )
+    weights = engine.lay_out(load_params(tmp_path, config, whole(config)))
+    found = list(sit(engine, weights, [], prompts, owed=range(12), slots=8))
+    assert len(found) == 12
+    for prompt in found:
+        ids, limit = prompt.tokens, prompt.rows[0].limit
+        with torch.no_grad():
+            text = published.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=0,
+            )[0].tolist()
+        assert prompt.rows[0].chosen == text[len(ids) :]
