@@ -175,8 +175,8 @@ def forward(
         own, *others = sights if local is None else _narrow(sights, near, local)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         seen = [
-            Stretch(*pair, visible, segment.route)
-            for pair, visible, segment in zip(pairs, others, past, strict=True)
+            Stretch(k, v, visible, segment.route)
+            for (k, v), visible, segment in zip(pairs, others, past, strict=True)
         ]
         return attend(query, [*seen, Stretch(key, value, own)], **softmax(config)), (key, value)
 
