@@ -135,6 +135,9 @@ def exam(
     task: Annotated[str, typer.Option(help="Questions; a run's own if left out.")] = "",
     split: Annotated[SplitName, typer.Option(help="Which of them.")] = SplitName.TEST,
     round_index: Annotated[int, typer.Option("--round", help="-1: the run's chosen round.")] = -1,
+    votes: Annotated[
+        int, typer.Option(min=0, help="Samples per question, for majority vote and pass@k.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Sit one exam: accuracy with its interval, unreadable and cut answers."""
@@ -155,7 +158,14 @@ def exam(
     from distill_jax.progress import Progress
     from distill_jax.school import examine
 
-    result = examine(settings, folder, split=split.value, round_index=chosen, progress=Progress())
+    result = examine(
+        settings,
+        folder,
+        split=split.value,
+        round_index=chosen,
+        progress=Progress(),
+        votes=votes,
+    )
     _show({"task": settings.task.name, "split": split.value, "round": chosen, **result}, as_json)
 
 

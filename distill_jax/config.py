@@ -75,7 +75,7 @@ class ExamConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     max_new_tokens: Count = 128  # of a sample
     greedy_max_new_tokens: Count = 256  # of the greedy answer, the one that counts
-    batch_questions: Count = 16  # questions answered at the same time, over all devices
+    slots: CountOrAll = 0  # answers written at the same time, over all devices; 0: what fits
 
 
 class TeacherConfig(Section):

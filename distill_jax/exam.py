@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from distill_jax.answers import read_answer, same_answer
-from distill_jax.records import GREEDY, Attempt, Completion, Question
+from distill_jax.records import GREEDY, Attempt, Completion, Kind, Question
 
 Sitting = Callable[..., Iterable[tuple[int, Sequence[Completion]]]]
 """`generate.Generate` with student, samples, seed and round bound; a test may pass its own.
@@ -122,3 +122,43 @@ def accuracy(attempts: Iterable[Attempt]) -> float:
     if not marks:
         raise ValueError("accuracy needs at least one greedy attempt; got none.")
     return sum(marks) / len(marks)
+
+
+def vote(attempts: Iterable[Attempt], kind: Kind) -> bool:
+    """Whether the answer that most samples agree on is right: self-consistency.
+
+    Samples without a readable answer don't vote, and the greedy answer neither. Of two answers with
+    as many votes the one given first wins.
+
+    Args:
+      attempts: At one question.
+      kind: Of the question.
+
+    Source:
+      Wang et al., "Self-Consistency Improves Chain of Thought Reasoning" (ICLR 2023).
+
+    Example:
+      >>> said = (("8", False), ("7", True), ("7.0", True), (None, False))
+      >>> samples = [
+      ...     Attempt("t/1", 0, place, "", answer, correct=right, cut=False, num_tokens=2)
+      ...     for place, (answer, right) in enumerate(said, 1)
+      ... ]
+      >>> vote(samples, "numeric"), vote(samples[::3], "numeric")
+      (True, False)
+    """
+    camps: list[list[Attempt]] = []
+    for attempt in attempts:
+        if attempt.sample_index == GREEDY or attempt.answer is None:
+            continue
+        for camp in camps:
+            if same_answer(attempt.answer, camp[0].answer or "", kind):
+                camp.append(attempt)
+                break
+        else:
+            camps.append([attempt])
+    return bool(camps) and max(camps, key=len)[0].correct
+
+
+def passes(attempts: Iterable[Attempt]) -> bool:
+    """Whether any sample of one question is right: pass@k with its k samples."""
+    return any(attempt.correct for attempt in attempts if attempt.sample_index != GREEDY)

@@ -1,49 +1,28 @@
-"""Prompts to completions: tokenizer and batches around `student.decode`.
-
-Letters: Q questions of a batch, R rows of a question, L prompt tokens.
-"""
+"""Prompts to completions: the tokenizer, the seats and the device programs of an exam together."""
 
 import hashlib
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from distill_jax.config import ExamConfig
+from distill_jax.engine import Engine, Weights, exam_mesh
 from distill_jax.records import GREEDY, Completion
-from distill_jax.student.decode import Answers, Prompts, Stage, Stops, answer, plan_stages
-from distill_jax.student.model import (
-    ModelConfig,
-    Params,
-    Segment,
-    abstract_params,
-    forward,
-    logical_axes,
-)
+from distill_jax.slots import LEAST, PAGE, Prompt, Row, Seating, Tally
+from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.model import Params, abstract_params
 from distill_jax.student.sampling import Sampling
-from distill_jax.student.sharding import BATCH, EXAM_RULES, shardings
-from distill_jax.tokenizer import Tokenizer, common_length, padded_length
+from distill_jax.tokenizer import Tokenizer, common_length
 
 BLANK_LINE = "\n\n"
 
-REPLICAS = ("data", "fsdp")
-"""Mesh axes along which the exam holds copies of the weights."""
-
-
-class _Asked(NamedTuple):
-    """A prompt to be answered."""
-
-    index: int  # among the prompts given
-    tokens: list[int]  # behind those that all prompts begin with, at least one
-    id: str
+CPU_SLOTS, MOST_SLOTS = 128, 512
+"""Slots on a CPU, and of a replica elsewhere: more of them make products no more efficient."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +31,8 @@ class Generate:
 
     config: ModelConfig
     tokenizer: Tokenizer
-    mesh: Mesh
     exam: ExamConfig
-    stops: Stops
-    batch_questions: int  # Q: as asked, rounded up to what the devices share evenly
-    lay_out: Callable[[Params], Params]  # from any layout to that of the exam
-    prefill: Callable[..., Segment]
-    answer: Callable[..., Answers]
+    engine: Engine
 
     def __call__(
         self,
@@ -73,10 +47,10 @@ class Generate:
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """Answers each prompt once greedily and `samples` times at random.
 
-        Prompts of similar length share a batch, and a batch is made up of the same prompts
-        whatever `done` says: what an interrupted call still owes comes out bit for bit as it would
-        have. Other batch sizes, prompts or devices change how sums are rounded, hence a token only
-        where two are as good as equal.
+        What a row chooses depends on its prompt and its random numbers alone. On CPUs in float32
+        it is the same bit for bit whatever the number of slots and replicas and whatever `done`
+        says. Elsewhere, and where other prompts or a longer tensor axis change how sums are
+        rounded, a token differs only where two are as good as equal.
 
         Args:
           params: The student's weights, in any layout on the mesh. Laid out for the exam once.
@@ -85,7 +59,7 @@ class Generate:
           samples: Completions drawn per prompt, from 0.
           seed: Of the run.
           round_index: Of the weights.
-          done: Indices of prompts to leave out. A batch with nothing else is not computed.
+          done: Indices of prompts to leave out. They are not computed.
 
         Yields:
           The index of a prompt, and its completions: the greedy one, then the samples. In no
@@ -98,76 +72,43 @@ class Generate:
         """
         if len(ids) != len(prompts):
             raise ValueError(f"each prompt needs an id; got {len(prompts)} and {len(ids)} ids.")
-        done = set(done)
-        asked, common = self._ask(prompts, ids)
-        for index in sorted(set(range(len(prompts))) - {a.index for a in asked} - done):
+        owed = set(range(len(prompts))) - set(done)
+        asked, common = self._ask(prompts, ids, samples, (seed, round_index))
+        for index in sorted(owed - {prompt.index for prompt in asked}):
             yield index, (Completion("", "length", 0),) * (1 + samples)
-        batches = [batch for batch in self._batches(asked) if {a.index for a in batch} - done]
-        if not batches:
+        if not owed & {prompt.index for prompt in asked}:
             return
-        laid_out = self.lay_out(params)
-        shared = self._shared(laid_out, common)
-        stages = plan_stages(
-            greedy=self.exam.greedy_max_new_tokens,
-            sampled=self.exam.max_new_tokens,
-            samples=samples,
+        weights = self.engine.lay_out(params)
+        slots = plan_slots(
+            self.engine, asked, asked=self.exam.slots, num_owed=len(owed) * (1 + samples)
         )
-        for batch in batches:
-            keys = np.stack([_keys(seed, round_index, a.id, 1 + samples) for a in batch])
-            arrays = self._arrays(batch, len(common), keys)
-            # Fetched before the next batch is sent: CPU meshes lock up on long queues.
-            answers = jax.device_get(
-                self.answer(laid_out, shared, arrays, self.stops, stages=stages)
-            )
-            for row, a in enumerate(batch):
-                if a.index not in done:
-                    yield a.index, self._completions(answers, row)
+        for prompt in sit(self.engine, weights, common, asked, owed=owed, slots=slots):
+            yield prompt.index, tuple(map(self._completion, prompt.rows))
 
-    def _ask(self, prompts: Sequence[str], ids: Sequence[str]) -> tuple[list[_Asked], list[int]]:
+    def _ask(
+        self, prompts: Sequence[str], ids: Sequence[str], samples: int, seeds: tuple[int, int]
+    ) -> tuple[list[Prompt], list[int]]:
         """The prompts that leave room for an answer, and the tokens that they all begin with."""
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         fit = [i for i, tokens in enumerate(encoded) if len(tokens) < self.config.max_positions]
         common = common_length([encoded[i] for i in fit])
-        asked = [_Asked(i, encoded[i][common:], ids[i]) for i in fit]
+        asked = [Prompt(i, encoded[i][common:]) for i in fit]
+        for prompt in asked:
+            room = self.config.max_positions - len(encoded[prompt.index])
+            keys = _keys(*seeds, ids[prompt.index], 1 + samples)
+            for place, key in enumerate(keys):
+                greedy = place == GREEDY
+                limit = self.exam.greedy_max_new_tokens if greedy else self.exam.max_new_tokens
+                prompt.rows.append(Row(prompt, place, min(limit, room), key))
         return asked, encoded[fit[0]][:common] if fit else []
 
-    def _batches(self, asked: Sequence[_Asked]) -> Iterator[list[_Asked]]:
-        """Prompts in order of length, so that a batch needs little padding."""
-        ordered = sorted(asked, key=lambda a: (len(a.tokens), a.index))
-        for start in range(0, len(ordered), self.batch_questions):
-            yield ordered[start : start + self.batch_questions]
-
-    def _shared(self, params: Params, tokens: list[int]) -> tuple[Segment, ...]:
-        arrays = _pad([tokens], padded_length(len(tokens)))
-        return (self.prefill(params, *_put(self.mesh, P(), arrays)),) if tokens else ()
-
-    def _arrays(self, batch: Sequence[_Asked], common: int, keys: np.ndarray) -> Prompts:
-        """The batch padded to its full number of questions by copies that generate nothing."""
-        tokens, mask = _pad(
-            [a.tokens for a in batch], padded_length(max(len(a.tokens) for a in batch))
-        )
-        limits = np.full(keys.shape[:2], self.exam.max_new_tokens, np.int32)
-        limits[:, GREEDY] = self.exam.greedy_max_new_tokens
-        room = [self.config.max_positions - common - len(a.tokens) for a in batch]
-        limits = np.minimum(limits, np.array(room, np.int32)[:, None])
-        fill = self.batch_questions - len(batch)
-        tokens, mask, keys = (
-            np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), mode="edge")
-            for x in (tokens, mask, keys)
-        )
-        limits = np.pad(limits, [(0, fill), (0, 0)])
-        return Prompts(*_put(self.mesh, BATCH, (tokens, mask, limits, keys)))
-
-    def _completions(self, answers: Answers, row: int) -> tuple[Completion, ...]:
-        parts = zip(*(part[row] for part in answers), strict=True)
-        return tuple(self._completion(t[:count].tolist(), bool(end)) for t, count, end in parts)
-
-    def _completion(self, tokens: list[int], stopped: bool) -> Completion:
+    def _completion(self, row: Row) -> Completion:
         """Tokens as generated to text, without the end token and what follows a blank line."""
+        tokens = row.chosen
         ended = bool(tokens) and tokens[-1] == self.tokenizer.end_id
         text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
         text, blank, _ = text.partition(BLANK_LINE)
-        return Completion(text, "stop" if stopped or blank else "length", len(tokens))
+        return Completion(text, "stop" if row.stopped or blank else "length", len(tokens))
 
 
 def make_generate(
@@ -180,71 +121,113 @@ def make_generate(
 ) -> Generate:
     """Binds all that stays the same from exam to exam; compiles nothing yet.
 
-    Each replica of the weights answers its own questions without a word to the others.
-
     Args:
       config: What the student looks like.
       tokenizer: Its tokenizer.
-      mesh: Devices; questions are spread over the axes `data` and `fsdp`.
-      exam: Sampling, limits and batch size.
-      compute_dtype: Of products and caches. Logits and what is drawn from them are float32.
+      mesh: Devices. The exam divides them anew: as many copies of the weights as memory allows,
+        each with its own rows.
+      exam: Sampling, limits and slots.
+      compute_dtype: Of products, weights and pages. Norms, logits and what is drawn from them are
+        float32.
     """
-    replicas = math.prod(mesh.shape[axis] for axis in REPLICAS)
-    axes, shapes = logical_axes(config), abstract_params(config)
-    layout = shardings(mesh, axes, shapes, EXAM_RULES)
-    end_id = np.array(-1 if tokenizer.end_id is None else tokenizer.end_id, np.int32)
-
-    def lay_out(params: Params) -> Params:
-        # Norms work in float32 whatever the states are: their weights are not rounded.
-        return jax.tree.map(
-            lambda names, weight: weight if "norm" in names else weight.astype(compute_dtype),
-            axes,
-            params,
-            is_leaf=lambda node: isinstance(node, tuple),
-        )
-
-    def prefill(params: Params, tokens: jax.Array, mask: jax.Array) -> Segment:
-        places = jnp.minimum(jnp.arange(tokens.shape[1]), config.max_positions - 1)[None]
-        return forward(config, params, tokens, places, mask, compute_dtype=compute_dtype)[1]
-
-    def spread(
-        params: Params,
-        shared: tuple[Segment, ...],
-        prompts: Prompts,
-        stops: Stops,
-        *,
-        stages: tuple[Stage, ...],
-    ) -> Answers:
-        sampling = Sampling(exam.temperature, exam.top_k, exam.top_p)
-        local = partial(
-            answer, config, stages=stages, sampling=sampling, compute_dtype=compute_dtype
-        )
-        return jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(P(), P(), BATCH, P()),
-            out_specs=BATCH,
-            axis_names=set(REPLICAS),
-            check_vma=False,
-        )(params, shared, prompts, stops)
-
-    return Generate(
-        config=config,
-        tokenizer=tokenizer,
-        mesh=mesh,
-        exam=exam,
-        stops=Stops(*_put(mesh, P(), (end_id, tokenizer.newlines))),
-        batch_questions=-(-exam.batch_questions // replicas) * replicas,
-        lay_out=jax.jit(lay_out, out_shardings=layout),
-        prefill=jax.jit(prefill),
-        answer=jax.jit(spread, static_argnames="stages", out_shardings=NamedSharding(mesh, P())),
+    end_id = -1 if tokenizer.end_id is None else tokenizer.end_id
+    sizes = (leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    num_bytes = sum(sizes) * np.dtype(compute_dtype).itemsize
+    limit = min((total for total, _ in _memory(mesh)), default=None)
+    engine = Engine(
+        config,
+        exam_mesh(mesh, num_bytes, limit),
+        end_id=end_id,
+        newlines=tokenizer.newlines,
+        sampling=Sampling(exam.temperature, exam.top_k, exam.top_p),
+        compute_dtype=compute_dtype,
     )
+    return Generate(config, tokenizer, exam, engine)
 
 
-def _put(mesh: Mesh, spec: P, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-    """Lays host arrays, the same on every host, on the mesh."""
-    layout = NamedSharding(mesh, spec)
-    return [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
+def sit(
+    engine: Engine,
+    weights: Weights,
+    common: Sequence[int],
+    prompts: Sequence[Prompt],
+    *,
+    owed: Collection[int],
+    slots: int,
+) -> Generator[Prompt, None, Tally]:
+    """Has prompts answered.
+
+    Args:
+      engine: The device programs.
+      weights: From `engine.lay_out`.
+      common: What all prompts begin with; may be empty.
+      prompts: All prompts of the exam, each with the same rows in order of place.
+      owed: Indices of those to be answered; at least one is.
+      slots: Rows that choose at the same time on each replica, a multiple of `LEAST`.
+
+    Yields:
+      Each prompt owed, once its rows have chosen their last tokens.
+
+    Returns:
+      What was computed.
+    """
+    share = 1 + prompts[0].rows[-1].place
+    shared = engine.read_shared(weights, common)
+    seating = Seating(prompts, owed=owed, desks=engine.desks, slots=slots)
+    pools = engine.make_pools(seating.sizes)
+    while not seating.ended:
+        while (next_to_read := seating.read()) is not None:
+            move, reading = next_to_read
+            pools = engine.read_prompts(weights, shared, engine.move(pools, move), reading)
+        move, rows, enough = seating.seat()
+        pools = engine.move(pools, move)
+        pools, chosen = engine.advance(weights, shared, pools, rows, enough, share=share)
+        yield from seating.take(chosen)
+    return seating.tally
+
+
+def plan_slots(engine: Engine, prompts: Sequence[Prompt], *, asked: int, num_owed: int) -> int:
+    """How many slots each replica gets.
+
+    Args:
+      engine: Whose weights are laid out already, so that memory in use counts them.
+      prompts: All prompts of the exam.
+      asked: Slots over all replicas, or 0 for as many as are worth while and fit.
+      num_owed: Rows to be answered.
+    """
+    free = _free_memory(engine.mesh)
+    if asked:
+        slots = -(-asked // engine.desks)
+    elif free is None:
+        slots = CPU_SLOTS // engine.desks
+    else:
+        slots = min(MOST_SLOTS, free // _slot_bytes(engine, prompts))
+    slots = min(slots, -(-num_owed // engine.desks))
+    return max(1, -(-slots // LEAST)) * LEAST
+
+
+def _slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """What a slot needs at most: pages, twice because they move, and logits."""
+    config = engine.config
+    own = max(row.limit for prompt in prompts for row in prompt.rows)
+    prompt = max(len(prompt.tokens) for prompt in prompts) * 3 // len(prompts[0].rows)
+    token = 2 * config.layers * config.kv_heads * config.head_dim * engine.dtype.itemsize
+    token = -(-token // engine.mesh.shape["tensor"])
+    return 2 * (own + prompt + 2 * PAGE) * token + 4 * 4 * config.padded_vocab
+
+
+def _free_memory(mesh: Mesh) -> int | None:
+    """Bytes that every device has left, with some to spare; None where nobody knows."""
+    free = [total - used for total, used in _memory(mesh)]
+    if not free:
+        return None
+    # All hosts must take the same number, or their programs differ.
+    return int(multihost_utils.process_allgather(np.array(min(free))).min()) * 9 // 10
+
+
+def _memory(mesh: Mesh) -> list[tuple[int, int]]:
+    """Bytes of each of this host's devices, in all and in use; empty where nobody knows."""
+    stats = filter(None, (device.memory_stats() for device in mesh.local_devices))
+    return [(known["bytes_limit"], known["bytes_in_use"]) for known in stats]
 
 
 def _keys(seed: int, round_index: int, question_id: str, rows: int) -> np.ndarray:
@@ -257,11 +240,3 @@ def _keys(seed: int, round_index: int, question_id: str, rows: int) -> np.ndarra
     names = (f"{seed}\n{round_index}\n{row}\n{question_id}".encode() for row in range(rows))
     digests = b"".join(hashlib.sha256(name).digest()[:8] for name in names)
     return np.frombuffer(digests, "<u4").astype(np.uint32).reshape(rows, 2)
-
-
-def _pad(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens as an array padded on the right, and True where they stand."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    mask = np.arange(length)[None] < np.array([len(row) for row in rows])[:, None]
-    tokens[mask] = np.concatenate([np.asarray(row, np.int32) for row in rows])
-    return tokens, mask

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 FREE_TO_CHANGE = (
     "folder",
-    "exam.batch_questions",
+    "exam.slots",
     "mesh.data",
     "mesh.fsdp",
     "mesh.tensor",

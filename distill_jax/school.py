@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from distill_jax import checkpoint, prompts, run_folder, scratch, weights
 from distill_jax.config import SCRATCH, Config, ConfigError
-from distill_jax.exam import take_exam
+from distill_jax.exam import passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.records import Question, Split
+from distill_jax.records import Attempt, Kind, Question, Split
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
@@ -193,7 +193,13 @@ def find_base(config: Config, folder: Path) -> Path:
 
 
 def examine(
-    config: Config, folder: Path, *, split: Split, round_index: int, progress: Progress
+    config: Config,
+    folder: Path,
+    *,
+    split: Split,
+    round_index: int,
+    progress: Progress,
+    votes: int = 0,
 ) -> dict[str, Any]:
     """One exam: the greedy answers of one round's weights to one split of `config.task`.
 
@@ -203,10 +209,12 @@ def examine(
       split: Which questions.
       round_index: Which weights; 0 is the untrained student.
       progress: Where to show it.
+      votes: Samples drawn besides the greedy answer, as `config.exam` says.
 
     Returns:
       `accuracy` with its 95% interval `low` and `high`, `questions`, `unreadable`, `cut`,
-      `generated_tokens`, `seconds`.
+      `generated_tokens`, `seconds`; with votes also `votes`, `majority_accuracy`, the share of
+      questions where most samples agree on the right answer, and `pass_at_k`, where any is right.
 
     Raises:
       ConfigError: there are no such questions or no such round.
@@ -219,17 +227,18 @@ def examine(
     generate = partial(
         student.generate,
         student.weights.get(round_index),
-        samples=0,
+        samples=votes,
         seed=config.seed,
         round_index=round_index,
     )
     start = time.monotonic()
-    attempts = []
+    each: list[list[Attempt]] = []
     prompt = partial(exam_prompt, config)
     with progress.stage(f"{split} exam", total=len(asked), unit="questions") as advance:
         for answered in take_exam(asked, generate, prompt=prompt, round_index=round_index):
-            attempts += answered
+            each.append(answered)
             advance(1)
+    attempts = [attempt for answered in each for attempt in answered]
     marks = mark(greedy(attempts))
     low, high = marks.interval
     return {
@@ -241,4 +250,17 @@ def examine(
         "cut": sum(attempt.cut for attempt in attempts),
         "generated_tokens": sum(attempt.num_tokens for attempt in attempts),
         "seconds": round(time.monotonic() - start, 3),
+        **(_count_votes(asked, each, votes) if votes else {}),
+    }
+
+
+def _count_votes(
+    questions: Sequence[Question], each: Sequence[Sequence[Attempt]], votes: int
+) -> dict[str, Any]:
+    kinds: dict[str, Kind] = {question.id: question.kind for question in questions}
+    agreed = sum(vote(answered, kinds[answered[0].question_id]) for answered in each)
+    return {
+        "votes": votes,
+        "majority_accuracy": agreed / len(each),
+        "pass_at_k": sum(map(passes, each)) / len(each),
     }

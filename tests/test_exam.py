@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import pytest
 
-from distill_jax.exam import accuracy, take_exam
+from distill_jax.exam import accuracy, passes, take_exam, vote
 from distill_jax.records import Attempt, Completion, Question
 
 QUESTIONS = [
@@ -103,3 +103,33 @@ def test_accuracy_counts_greedy_answers_only():
     assert accuracy(attempts) == 2 / 3
     with pytest.raises(ValueError, match="at least one greedy attempt"):
         accuracy(attempt for attempt in attempts if attempt.sample_index)
+
+
+def samples(*said: tuple[str | None, bool]) -> list[Attempt]:
+    """A greedy attempt that is wrong, then one for each answer and whether it is right."""
+    rows = enumerate((("9", False), *said))
+    return [Attempt("t/1", 0, i, "", answer, right, False, 5) for i, (answer, right) in rows]
+
+
+@pytest.mark.parametrize(
+    ("said", "agreed", "passed"),
+    [
+        ([("7", True), ("8", False), ("7.0", True)], True, True),
+        ([("8", False), ("7", True), ("8", False)], False, True),
+        ([("7", True), ("8", False)], True, True),  # the first of two as strong
+        ([("8", False), ("7", True)], False, True),
+        ([(None, False), (None, False), ("7", True)], True, True),
+        ([(None, False)], False, False),
+        ([("9", False), ("8", False)], False, False),
+        ([], False, False),
+    ],
+)
+def test_samples_vote_by_what_their_answers_mean(said, agreed, passed):
+    assert vote(samples(*said), "numeric") is agreed
+    assert passes(samples(*said)) is passed
+
+
+def test_the_greedy_answer_neither_votes_nor_passes():
+    right = Attempt("t/1", 0, 0, "", "7", correct=True, cut=False, num_tokens=5)
+    assert not vote([right, *samples(("8", False))[1:]], "numeric")
+    assert not passes([right, *samples(("8", False))[1:]])

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
+from random_models import make_published, whole
 from transformers import PreTrainedTokenizerFast
 
 from distill_jax.config import ExamConfig
-from distill_jax.generate import Generate, make_generate
+from distill_jax.engine import Engine
+from distill_jax.generate import Generate, make_generate, sit
 from distill_jax.records import Completion
+from distill_jax.slots import Prompt, Row
 from distill_jax.student.model import (
     ModelConfig,
     Params,
@@ -21,6 +25,7 @@ from distill_jax.student.model import (
     init_params,
     logical_axes,
 )
+from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.weights import load_params, read_model_config
@@ -30,9 +35,7 @@ TINY = ModelConfig(
     vocab_size=len(CHARACTERS) + 1, width=32, layers=2, heads=4, kv_heads=2, head_dim=8,
     mlp_width=48, max_positions=80,
 )  # fmt: skip
-EXAM = ExamConfig(
-    samples=2, top_k=20, max_new_tokens=12, greedy_max_new_tokens=12, batch_questions=4
-)
+EXAM = ExamConfig(samples=2, top_k=20, max_new_tokens=12, greedy_max_new_tokens=12, slots=16)
 PROMPTS = [
     f"solve this sum for me: {text}" for text in
     ("1+2", "what is 30+41?", "a", "tom has 4 hats.", "9+9+9+9+9+9?", "go", "how many: 3+3")
@@ -135,16 +138,35 @@ def test_what_is_done_is_left_out_and_changes_nothing(single, expected, done):
     assert answer(single, range(7), done=done) == wanted
 
 
-def test_batch_size_and_neighbours_do_not_matter(characters, expected):
-    school = student(characters, EXAM.model_copy(update={"batch_questions": 3}), 1, 1, 1)
-    assert answer(school, range(7)) == expected
-    # Without the shared beginning of seven prompts, and with fewer of them.
-    assert answer(school, [3]) == {IDS[3]: expected[IDS[3]]}
+@pytest.mark.parametrize(
+    ("slots", "axes", "done"),
+    [(8, (1, 1, 1), set()), (8, (1, 1, 1), {6, 1}), (24, (1, 1, 1), {2}), (16, (2, 1, 1), set()),
+     (16, (1, 2, 1), {0, 3, 4}), (0, (2, 2, 2), {5})],
+    ids=str,
+)  # fmt: skip
+def test_slots_devices_and_interruptions_do_not_matter(characters, expected, slots, axes, done):
+    school = student(characters, EXAM.model_copy(update={"slots": slots}), *axes)
+    found = answer(school, range(7), done=done)
+    assert found == {name: rows for index, (name, rows) in enumerate(sorted(expected.items()))
+                     if index not in done}  # fmt: skip
 
 
-@pytest.mark.parametrize("axes", [(2, 4, 1), (2, 2, 2)], ids=str)
-def test_devices_do_not_matter(characters, expected, axes):
-    assert answer(student(characters, EXAM, *axes), range(7)) == expected
+def test_neighbours_do_not_matter(single, expected):
+    # Without the shared beginning of seven prompts.
+    assert answer(single, [3]) == {IDS[3]: expected[IDS[3]]}
+
+
+def test_a_tensor_axis_does_not_matter(characters, expected):
+    generate, params = student(characters, EXAM, 2, 1, 2)
+    engine = Engine(
+        TINY,
+        make_mesh(2, 1, 2),  # as it were if the weights did not fit one device
+        end_id=characters.end_id or 0,
+        newlines=characters.newlines,
+        sampling=Sampling(top_k=EXAM.top_k),
+        compute_dtype=jnp.float32,
+    )
+    assert answer((dataclasses.replace(generate, engine=engine), params), range(7)) == expected
 
 
 def test_draws_follow_seed_round_and_id_and_greedy_follows_none(single, expected):
@@ -234,23 +256,42 @@ def test_greedy_equals_transformers_on_real_models(shared, name, prompts, count)
     check_against_transformers(shared / "models" / name, prompts, count)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_greedy_equals_transformers_on_random_models(tmp_path, family):
+FAMILIES = [
+    "gpt2", "gpt-neo", "gptj", "opt-350m", "gpt-neox", "llama-3", "qwen2", "qwen3", "gemma2",
+    "gemma3", "mistral",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_in_refilled_slots(tmp_path, family):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    size = len(CHARACTERS) + 1
-    config = {
-        "llama": lambda: transformers.LlamaConfig(
-            vocab_size=size, hidden_size=48, intermediate_size=64, num_hidden_layers=3,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=90,
-            initializer_range=0.4, bos_token_id=None, eos_token_id=0,
-        ),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=size, n_embd=48, n_layer=3, n_head=4, n_positions=90,
-            initializer_range=0.4, bos_token_id=None, eos_token_id=0,
-        ),
-    }[family]()  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    publish_characters(tmp_path)
-    check_against_transformers(tmp_path, PROMPTS, 40)
+    published = make_published(tmp_path, family)
+    published.generation_config.eos_token_id = None
+    config = read_model_config(tmp_path)
+    rng = np.random.default_rng(0)
+    lengths, limits = rng.integers(1, 21, 12), rng.integers(3, 20, 12)
+    prompts = [Prompt(i, rng.integers(0, 131, n).tolist()) for i, n in enumerate(lengths)]
+    for prompt, limit in zip(prompts, limits, strict=True):
+        prompt.rows = [Row(prompt, 0, int(limit), np.zeros(2, np.uint32))]
+    engine = Engine(
+        config,
+        make_mesh(1, 1, 1),
+        end_id=-1,
+        newlines=np.zeros(config.vocab_size, np.uint8),
+        sampling=Sampling(),
+        compute_dtype=jnp.float32,
+    )
+    weights = engine.lay_out(load_params(tmp_path, config, whole(config)))
+    found = list(sit(engine, weights, [], prompts, owed=range(12), slots=8))
+    assert len(found) == 12
+    for prompt in found:
+        ids, limit = prompt.tokens, prompt.rows[0].limit
+        with torch.no_grad():
+            text = published.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=0,
+            )[0].tolist()
+        assert prompt.rows[0].chosen == text[len(ids) :]

@@ -20,7 +20,7 @@ families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj fam
 families.opt families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
 weights
-run_folder progress checkpoint generate exam
+run_folder progress checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.governor teacher.account teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch

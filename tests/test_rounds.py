@@ -32,7 +32,7 @@ SMALL = {
         "samples": 2,
         "max_new_tokens": 40,
         "greedy_max_new_tokens": 40,
-        "batch_questions": 8,
+        "slots": 16,
     },
     "teacher": {"samples": 3, "concurrency": 2},
     "train": {

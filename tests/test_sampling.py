@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill_jax.student.sampling import Sampling, draw, uniforms, weigh
+from distill_jax.student.sampling import PILE, Sampling, choose, draw, largest, uniforms, weigh
 
 FILTERS = [
     Sampling(),
@@ -101,9 +101,43 @@ def test_a_token_without_chance_is_never_drawn():
 
 def test_the_number_of_a_token_depends_on_its_key_and_place_alone():
     keys = np.random.default_rng(4).integers(0, 2**32, (6, 2), dtype=np.uint32)
-    step = jnp.asarray(9)
+    step = jnp.full(6, 9)
     every = np.asarray(uniforms(jnp.asarray(keys), step))
     assert len(set(every.tolist())) == 6
     assert ((every >= 0) & (every < 1)).all()
-    np.testing.assert_array_equal(uniforms(jnp.asarray(keys[4:1:-1]), step), every[4:1:-1])
+    np.testing.assert_array_equal(uniforms(jnp.asarray(keys[4:1:-1]), step[:3]), every[4:1:-1])
     assert not np.isin(uniforms(jnp.asarray(keys), step + 1), every).any()
+
+
+@pytest.mark.parametrize(("size", "count"), [(300, 7), (1000, 50), (40, 40), (33, 2)])
+def test_the_largest_are_those_of_sorting(size, count):
+    scores = np.random.default_rng(5).normal(size=(30, size)).astype(np.float32)
+    scores[:, 1] = -np.inf
+    best, tokens = largest(jnp.asarray(scores), count)
+    wanted = np.argsort(-scores, axis=1)[:, :count]
+    np.testing.assert_array_equal(tokens, wanted)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, wanted, axis=1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=5), Sampling(top_k=5, top_p=0.7), Sampling()])
+def test_rows_choose_the_likeliest_or_draw_by_the_exact_probabilities(sampling):
+    # The vocabulary is large enough that a small k is found without weighing all of it.
+    rng = np.random.default_rng(7)
+    scores = rng.normal(size=5 * PILE * 4).astype(np.float32) * 2
+    rows = jnp.broadcast_to(jnp.asarray(scores), (20_000, len(scores)))
+    keys = jnp.asarray(rng.integers(0, 2**32, (20_000, 2), dtype=np.uint32))
+    steps = jnp.asarray(rng.integers(0, 9, 20_000))
+    greedy = jnp.arange(20_000) % 4 == 0
+    tokens = np.asarray(jax.jit(choose, static_argnums=4)(rows, keys, steps, greedy, sampling))
+    assert (tokens[greedy] == scores.argmax()).all()
+    counts = np.bincount(tokens[~greedy], minlength=len(scores))
+    expected = reference(scores, sampling)
+    assert counts[expected == 0].sum() == 0
+    likely = expected * counts.sum() >= 5
+    observed = [*counts[likely], counts[~likely].sum()]
+    wanted = np.array([*expected[likely], expected[~likely].sum()]) * counts.sum()
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-4
+    every = choose(rows[:3], keys[:3], steps[:3], None, sampling)
+    assert (every == scores.argmax()).all()

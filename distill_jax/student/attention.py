@@ -1,7 +1,7 @@
 """Attention as arrays: rotary turns, and one softmax over stretches that are kept apart.
 
 Letters: B rows, L tokens of a row, G groups of a stretch, S rows of a group, T tokens of a stretch,
-K key and value heads, R query heads per key head, H head dim.
+K key and value heads, R query heads per key head, H head dim, M groups that a row asks.
 """
 
 import functools
@@ -14,6 +14,24 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from distill_jax.student.architecture import RopeScaling
 
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class Route(NamedTuple):
+    """Which rows ask which groups, where that is not told by their order.
+
+    Only what rows ask and what they get is moved, never a key or a value.
+    """
+
+    rows: Int[Array, "G S"]  # the row that asks at each place of a group; any row where none does
+    places: Int[Array, "B M"]  # where each row asks, as group * S + place; G * S for nowhere
+
+
+class Turned(NamedTuple):
+    """Keys whose dims lie before the tokens: what few queries at a time are multiplied with."""
+
+    keys: Float[Array, "*stack H T"]
+
 
 class Stretch(NamedTuple):
     """What one layer sees of a segment, or of the rows' own tokens.
@@ -23,11 +41,14 @@ class Stretch(NamedTuple):
       values: As projected.
       visible: For each row what each of its tokens sees. Where all rows of a group see the same it
         has G rows, and where all tokens of a row do, L is 1.
+      route: Which rows ask which groups; if None, row b asks group b // (B // G). With a route, the
+        rows of `visible` are G groups or their G S places.
     """
 
-    keys: Float[Array, "G K T H"]
+    keys: Float[Array, "G K T H"] | Turned
     values: Float[Array, "G K T H"]
     visible: Bool[Array, "rows L T"]
+    route: Route | None = None
 
 
 Turns = tuple[Float32[Array, "B L half"], Float32[Array, "B L half"]]
@@ -93,7 +114,15 @@ def attend(
       scale: Scores are multiplied by it.
       cap: Then they are bent into plus or minus this; None leaves them.
     """
-    return merge([weigh(query, stretch, scale=scale, cap=cap) for stretch in stretches], query)
+    shares = []
+    for stretch in stretches:
+        if stretch.route is None:
+            shares.append(weigh(query, stretch, scale=scale, cap=cap))
+        else:
+            asked = query[stretch.route.rows.reshape(-1)]
+            found = weigh(asked, stretch, scale=scale, cap=cap)
+            shares += deal(found, stretch.route)
+    return merge(shares, query)
 
 
 def weigh(
@@ -116,18 +145,27 @@ def weigh(
       reaches: False where a query sends no gradient into keys and values; None where all do.
     """
     rows, length, heads, head_dim = query.shape
-    groups, kv_heads = stretch.keys.shape[:2]
+    groups, kv_heads = stretch.values.shape[:2]
     shape = (rows, length, kv_heads, heads // kv_heads)
     if reaches is not None:
         lets = jnp.broadcast_to(reaches[:, :, None, None], shape)
         reaches = _by_group(lets, groups)
     scores = _score((query * scale).reshape(*shape, head_dim), stretch, groups, cap, reaches)
     # Any constant gives the same softmax; the largest score keeps it in range.
-    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1), jnp.finfo(jnp.float32).min))
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1), LOWEST))
     weights = jnp.exp(scores - top[..., None])
     values = _by_head(stretch.values)
     mixed = _mix(weights.astype(values.dtype), values, reaches)
     return Share(*(_by_row(x, groups, shape) for x in (top, weights.sum(axis=-1), mixed)))
+
+
+def deal(found: Share, route: Route) -> list[Share]:
+    """What each row gets from the groups that it asks, in its own order; nothing from nowhere."""
+    each = list(zip(found, (LOWEST, 0.0, 0.0), strict=True))
+    return [
+        Share(*(x.at[place].get(mode="fill", fill_value=nothing) for x, nothing in each))
+        for place in jnp.unstack(route.places, axis=1)
+    ]
 
 
 def merge(
@@ -156,8 +194,11 @@ def _score(
 ) -> Array:
     """Scores of one stretch, [G K, S L R, T]; -inf where a query does not see a token."""
     rows, length, kv_heads, repeats, _ = query.shape
-    keys = _by_head(stretch.keys)
-    scores = _mix(_by_group(query, groups), keys.swapaxes(1, 2), reaches)
+    if isinstance(stretch.keys, Turned):
+        keys = _by_head(stretch.keys.keys)
+    else:
+        keys = _by_head(stretch.keys).swapaxes(1, 2)
+    scores = _mix(_by_group(query, groups), keys, reaches)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     apart = scores.reshape(groups, kv_heads, rows // groups, length, repeats, scores.shape[-1])
@@ -208,5 +249,5 @@ def _by_row(x: Array, groups: int, shape: tuple[int, int, int, int]) -> Array:
     return jnp.moveaxis(x, 1, 3).reshape(*shape, *x.shape[5:])
 
 
-def _by_head(x: Float[Array, "G K T H"]) -> Float[Array, "GK T H"]:
+def _by_head(x: Float[Array, "G K y z"]) -> Float[Array, "GK y z"]:
     return x.reshape(-1, *x.shape[2:])

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from distill_jax.student.architecture import ModelConfig
-from distill_jax.student.attention import Stretch, Turns, attend, make_turns
+from distill_jax.student.attention import Route, Stretch, Turned, Turns, attend, make_turns
 from distill_jax.student.blocks import Block, Norm, constant, matrix, multiply
 
 Params = dict[str, Any]
@@ -38,12 +38,14 @@ class Segment(NamedTuple):
       values: As projected.
       positions: Of the tokens in their texts.
       mask: True where a real token stands.
+      route: Which rows attend to which groups, where their order does not tell.
     """
 
-    keys: Float[Array, "N G K T H"]
+    keys: Float[Array, "N G K T H"] | Turned
     values: Float[Array, "N G K T H"]
     positions: Int[Array, "G T"]
     mask: Bool[Array, "G T"]
+    route: Route | None = None
 
 
 class Decoder(nnx.Module):
@@ -139,6 +141,7 @@ def forward(
     past: Sequence[Segment] = (),
     *,
     compute_dtype: DTypeLike,
+    unroll: bool = False,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> tuple[Float[Array, "B L E"], Segment]:
     """The states of one stretch of tokens, given the stretches before it.
@@ -146,7 +149,7 @@ def forward(
     A token sees the tokens of its own row up to itself, and every token of its group's past
     segments; in local layers only those in its window; never one whose mask is False. Row b belongs
     to group b // (B // G) of a segment with G groups, so a segment with one group is shared by all
-    rows, and is not copied for them.
+    rows, and is not copied for them. A segment with a route says itself who belongs where.
 
     Args:
       config: What the weights are of.
@@ -156,6 +159,8 @@ def forward(
       mask: True where a real token stands. States of other tokens are finite and mean nothing.
       past: Segments that `forward` returned; their numbers of groups divide B.
       compute_dtype: Of products and states. Norms, softmax and rotary tables are float32.
+      unroll: Write the layers one after the other, not as a loop, which copies each layer's weights
+        and past out of the stacks that hold them. Slower to compile.
       constrain: Applied to the states between blocks, to keep them laid out on a mesh.
 
     Returns:
@@ -169,13 +174,16 @@ def forward(
     def look(local: Array | None, pairs: Any, query: Array, key: Array, value: Array):
         own, *others = sights if local is None else _narrow(sights, near, local)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        seen = [Stretch(k, v, visible) for (k, v), visible in zip(pairs, others, strict=True)]
+        seen = [
+            Stretch(k, v, visible, segment.route)
+            for (k, v), visible, segment in zip(pairs, others, past, strict=True)
+        ]
         return attend(query, [*seen, Stretch(key, value, own)], **softmax(config)), (key, value)
 
     pairs = [(segment.keys, segment.values) for segment in past]
     x, (keys, values) = run_blocks(
         config, params, tokens, positions, look, pairs,
-        compute_dtype=compute_dtype, remat="none", constrain=constrain,
+        compute_dtype=compute_dtype, remat="none", unroll=unroll, constrain=constrain,
     )  # fmt: skip
     return x, Segment(keys, values, positions, mask)
 
@@ -190,12 +198,13 @@ def run_blocks(
     *,
     compute_dtype: DTypeLike,
     remat: Remat,
+    unroll: bool = False,
     constrain: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B L E"], Any]:
     """The states of tokens, however they lie: only `look` knows who sees whom.
 
     Args:
-      config, params, tokens, positions, compute_dtype, constrain: As in `forward`.
+      config, params, tokens, positions, compute_dtype, unroll, constrain: As in `forward`.
       look: A `blocks.Look` behind two more arguments: whether the layer is local, None where no
         layer is, and the layer's part of `pairs`.
       pairs: Arrays with the layers on axis 0.
@@ -216,7 +225,7 @@ def run_blocks(
         step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[remat])
     local = jnp.array(config.local_layers) if any(config.local_layers) else None
     x = constrain(model.embed(tokens, positions, compute_dtype))
-    x, kept = jax.lax.scan(step, x, (model.blocks, local, pairs))
+    x, kept = jax.lax.scan(step, x, (model.blocks, local, pairs), unroll=unroll)
     return model.finish(x), kept
 
 
@@ -228,7 +237,7 @@ def softmax(config: ModelConfig) -> dict[str, Any]:
 
 def _near(
     config: ModelConfig, positions: Int[Array, "B L"], past: Sequence[Segment]
-) -> list[Bool[Array, "B L T"]]:
+) -> list[Bool[Array, "rows L T"]]:
     """Which tokens of its own stretch, then of each past one, are in the window of each token.
 
     Positions decide, so that a branch of a tree, or a token decoded behind a shared prefix, sees
@@ -236,9 +245,13 @@ def _near(
     """
     if config.window is None or not any(config.local_layers):
         return []
-    stretches = [positions, *(segment.positions for segment in past)]
-    each = [jnp.repeat(x, positions.shape[0] // x.shape[0], axis=0) for x in stretches]
-    return [positions[:, :, None] - x[:, None] < config.window for x in each]
+    near = [positions[:, :, None] - positions[:, None] < config.window]
+    for segment in past:
+        route = segment.route
+        asking = positions if route is None else positions[route.rows.reshape(-1)]
+        asked = jnp.repeat(segment.positions, asking.shape[0] // segment.positions.shape[0], axis=0)
+        near.append(asking[:, :, None] - asked[:, None] < config.window)
+    return near
 
 
 def _narrow(sights: list[Array], near: list[Array], local: Bool[Array, ""]) -> list[Array]:

@@ -1,0 +1,293 @@
+"""The device programs of an exam, bound to a student and a mesh.
+
+What an exam asks of a student is here: to read what all prompts share, to read prompts, and to
+score the tokens that may follow.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from distill_jax.slots import CALL, PAGE, Move, Reading, Sizes
+from distill_jax.student import decode
+from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.decode import Chosen, Context, Pages, Pools, Rows, Stops
+from distill_jax.student.model import (
+    Params,
+    Segment,
+    abstract_params,
+    forward,
+    logical_axes,
+    logits,
+)
+from distill_jax.student.sampling import Sampling
+from distill_jax.student.sharding import AXES, BATCH, EXAM_RULES, shardings
+from distill_jax.tokenizer import padded_length
+
+REPLICAS = ("data", "fsdp")
+"""Mesh axes along which the exam holds copies of the weights."""
+
+Weights = dict[str, Any]
+"""A student's weights as an exam uses them: each layer apart, and the head ready to multiply."""
+
+Shared = tuple[Context, ...]
+"""What all prompts begin with: one context, or none."""
+
+
+class Engine:
+    """A student ready to sit exams, with any weights. Compiles each program when first needed.
+
+    Each replica of the weights advances its own rows without a word to the others. Arrays of the
+    host go in and come out; what stays on the devices is weights, shared tokens and pools.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        end_id: int,
+        newlines: np.ndarray,
+        sampling: Sampling,
+        compute_dtype: DTypeLike,
+    ):
+        """Binds all that stays the same from exam to exam.
+
+        Args:
+          config: What the student looks like.
+          mesh: Of the exam, such as `exam_mesh` gives.
+          end_id: Ends a completion; -1 for none.
+          newlines: As in `decode.Stops`.
+          sampling: How rows draw.
+          compute_dtype: Of products, weights and pages. Norms, logits and softmax are float32.
+        """
+        self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(compute_dtype)
+        self.desks = math.prod(mesh.shape[axis] for axis in REPLICAS)
+        self._sampling, self._last_position = sampling, config.max_positions - 1
+        self._stops = Stops(*_put(mesh, P(), (np.array(end_id, np.int32), newlines)))
+        whole_heads = config.kv_heads % mesh.shape["tensor"] == 0
+        pages = NamedSharding(mesh, P(REPLICAS, "tensor" if whole_heads else None))
+        everywhere = NamedSharding(mesh, P())
+        apart = partial(lay_apart, config, self.dtype)
+        self.lay_out: Callable[[Params], Weights] = jax.jit(
+            apart, out_shardings=_layout(config, mesh)
+        )
+        self._make = jax.jit(self._empty, static_argnums=0, out_shardings=pages)
+        self._move = jax.jit(
+            self._spread(decode.move_pages, BATCH, BATCH, out=BATCH), out_shardings=pages
+        )
+        self._read_shared = jax.jit(self._trace_shared)
+        self._read_prompts = jax.jit(
+            self._spread(self._trace_prompts, P(), P(), BATCH, BATCH, out=BATCH),
+            donate_argnums=2,
+            out_shardings=pages,
+        )
+        self._advance = jax.jit(
+            self._trace_advance,
+            static_argnames="share",
+            donate_argnums=3,
+            out_shardings=(pages, everywhere),
+        )
+
+    def make_pools(self, sizes: Sizes) -> Pools:
+        """Empty pages on every desk."""
+        return Pools(self._make(sizes.prompt_pages), self._make(sizes.own_pages))
+
+    def move(self, pools: Pools, move: Move | None) -> Pools:
+        """Pools of another size with the pages that are in use."""
+        if move is None:
+            return pools
+        return Pools(*map(self._move, pools, _put(self.mesh, BATCH, move)))
+
+    def read_shared(self, weights: Weights, tokens: Sequence[int]) -> Shared:
+        """Reads what all prompts begin with; nothing if that is nothing."""
+        if not tokens:
+            return ()
+        padded = np.zeros((1, padded_length(len(tokens))), np.int32)
+        padded[0, : len(tokens)] = tokens
+        mask = np.arange(padded.shape[1])[None] < len(tokens)
+        return (self._read_shared(weights, *_put(self.mesh, P(), (padded, mask))),)
+
+    def read_prompts(
+        self, weights: Weights, shared: Shared, pools: Pools, reading: Reading
+    ) -> Pools:
+        """Reads prompts into their pages."""
+        arrays = _put(self.mesh, BATCH, reading)
+        return pools._replace(prompts=self._read_prompts(weights, shared, pools.prompts, arrays))
+
+    def advance(
+        self,
+        weights: Weights,
+        shared: Shared,
+        pools: Pools,
+        rows: Sequence[np.ndarray],
+        enough: np.ndarray,
+        *,
+        share: int,
+    ) -> tuple[Pools, Chosen]:
+        """Lets all rows choose tokens, as `decode.advance`, and waits for them."""
+        arrays = Rows(*_put(self.mesh, BATCH, rows))
+        (limit,) = _put(self.mesh, BATCH, (enough,))
+        own, chosen = self._advance(
+            weights, shared, pools.prompts, pools.own, arrays, limit, self._stops, share=share
+        )
+        # Fetched before anything else is sent: CPU meshes lock up on long queues.
+        return pools._replace(own=own), jax.device_get(chosen)
+
+    def _forward(self, weights: Weights) -> decode.Forward:
+        def run(*stretch: Any) -> tuple[jax.Array, Segment]:
+            params = _whole(weights)  # where it is used, as `Context.stack`
+            return forward(self.config, params, *stretch, compute_dtype=self.dtype, unroll=True)
+
+        return run
+
+    def _score(self, weights: Weights, hidden: jax.Array) -> jax.Array:
+        head = {_head_name(self.config): weights["unembedding"].T}
+        return logits(self.config, {**weights, **head}, hidden)
+
+    def _empty(self, count: int) -> Pages:
+        config = self.config
+        return decode.make_pages(
+            self.desks * count,
+            PAGE,
+            heads=config.kv_heads,
+            head_dim=config.head_dim,
+            layers=config.layers,
+            dtype=self.dtype,
+        )
+
+    def _trace_shared(self, weights: Weights, tokens: jax.Array, mask: jax.Array) -> Context:
+        return decode.read_shared(
+            self._forward(weights), tokens, mask, last_position=self._last_position
+        )
+
+    def _trace_prompts(
+        self, weights: Weights, shared: Shared, prompts: Pages, reading: Sequence[jax.Array]
+    ) -> Pages:
+        return decode.read_prompts(
+            self._forward(weights), shared, prompts, *reading, last_position=self._last_position
+        )
+
+    def _trace_advance(self, *arrays: Any, share: int) -> tuple[Pages, Chosen]:
+        def local(
+            weights: Weights,
+            shared: Shared,
+            prompts: Pages,
+            own: Pages,
+            rows: Rows,
+            enough: jax.Array,
+            stops: Stops,
+        ) -> tuple[Pages, Chosen]:
+            return decode.advance(
+                self._forward(weights),
+                partial(self._score, weights),
+                shared,
+                Pools(prompts, own),
+                rows,
+                stops,
+                enough[0],
+                tokens=CALL,
+                share=share,
+                sampling=self._sampling,
+                last_position=self._last_position,
+            )
+
+        specs = (P(), P(), BATCH, BATCH, BATCH, BATCH, P())
+        return self._spread(local, *specs, out=BATCH)(*arrays)
+
+    def _spread(self, function: Callable[..., Any], *specs: P, out: P) -> Callable[..., Any]:
+        """Runs on every replica by itself; only the tensor axis is left to the compiler."""
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=specs,
+            out_specs=out,
+            axis_names=set(REPLICAS),
+            check_vma=False,
+        )
+
+
+def lay_apart(config: ModelConfig, dtype: DTypeLike, params: Params) -> Weights:
+    """Every layer on its own, and the head as a matrix from states to logits.
+
+    A layer that lies in a stack is copied out of it for each use; and on CPUs a product with a
+    transposed matrix is summed in another order for few rows than for many.
+    """
+    # Norms work in float32 whatever the states are: their weights are not rounded.
+    params = jax.tree.map(
+        lambda names, weight: weight if "norm" in names else weight.astype(dtype),
+        logical_axes(config),
+        params,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    blocks = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.layers)]
+    return {**params, "blocks": blocks, "unembedding": params[_head_name(config)].T}
+
+
+def _whole(weights: Weights) -> Params:
+    """The weights as `forward` knows them. The stacks are taken apart again and never made."""
+    blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *weights["blocks"])
+    rest = {name: weight for name, weight in weights.items() if name != "unembedding"}
+    return {**rest, "blocks": blocks}
+
+
+def _layout(config: ModelConfig, mesh: Mesh) -> Any:
+    """Shardings of what `lay_apart` gives."""
+    axes = logical_axes(config)
+    block = jax.tree.map(
+        lambda names: names[1:], axes["blocks"], is_leaf=lambda node: isinstance(node, tuple)
+    )
+    apart = {
+        **axes,
+        "blocks": [block] * config.layers,
+        "unembedding": axes[_head_name(config)][::-1],
+    }
+    shapes = jax.eval_shape(partial(lay_apart, config, jnp.float32), abstract_params(config))
+    return shardings(mesh, apart, shapes, EXAM_RULES)
+
+
+def _head_name(config: ModelConfig) -> str:
+    return "embedding" if config.tied_head else "head"
+
+
+def _tensor_axis(config: ModelConfig, mesh: Mesh) -> str | None:
+    return "tensor" if config.kv_heads % mesh.shape["tensor"] == 0 else None
+
+
+def exam_mesh(mesh: Mesh, num_bytes: int, memory: int | None) -> Mesh:
+    """The same devices with the shortest tensor axis at which the weights leave room for pages.
+
+    Args:
+      mesh: That of training.
+      num_bytes: Of all weights as the exam holds them.
+      memory: Bytes of a device; None where nobody knows, and everything fits.
+
+    Example:
+      >>> from distill_jax.student.sharding import make_mesh
+      >>> mesh = make_mesh(1, 4, 2)
+      >>> [dict(exam_mesh(mesh, 10, memory).shape)["tensor"] for memory in (None, 40, 19, 2)]
+      [1, 1, 2, 8]
+    """
+    devices = mesh.devices.size
+    fits = (
+        size
+        for size in range(1, devices + 1)
+        if devices % size == 0 and (memory is None or 2 * num_bytes <= memory * size)
+    )
+    tensor = next(fits, devices)
+    grid = mesh.devices.reshape(devices // tensor, 1, tensor)
+    return Mesh(grid, AXES, axis_types=mesh.axis_types)
+
+
+def _put(mesh: Mesh, spec: P, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
+    """Lays host arrays, the same on every host, on the mesh."""
+    layout = NamedSharding(mesh, spec)
+    return [jax.make_array_from_callback(x.shape, layout, x.__getitem__) for x in arrays]
