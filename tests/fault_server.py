@@ -112,8 +112,9 @@ def fault_server(behave: Behaviour) -> Iterator[tuple[FaultServer, str]]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            call = state.enter(body)
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            is_chat = self.path.endswith("/chat/completions")
+            call = state.enter(json.loads(raw) if is_chat else {"messages": [{"content": ""}]})
             try:
                 _answer(self, state.behave(call))
             except ConnectionError:

@@ -80,7 +80,7 @@ def test_the_first_interrupt_lets_what_is_in_flight_come_home(tmp_path: Path, nu
         _, err = process.communicate(timeout=20)
         asked, totals = len(server.calls), read_totals(path)
     assert process.returncode == 14, err
-    assert "are awaited" in err and "the same command goes on from here" in err
+    assert "what they bring is kept" in err and "the same command goes on from here" in err
     assert "Traceback" not in err
     assert totals.num_open == 0 and totals.num_answers + totals.num_failures == asked < size
 

@@ -21,7 +21,8 @@ families.opt families
 families.layout families.config_json families.arrays weights
 run_folder progress checkpoint generate exam
 teacher.ledger teacher.audit teacher.reply teacher.governor teacher.dialect teacher.secret
-teacher.account teacher.clerk teacher.transport teacher.asking teacher.client
+teacher.account teacher.clerk teacher.transport teacher.asking
+teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings

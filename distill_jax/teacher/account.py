@@ -137,9 +137,13 @@ class Account:
         key, size = request_key(identity), len(ask.prompt.encode())
         return Request(identity, key, ask.slots, max_tokens, size)
 
-    def learn(self, ledger: Ledger, sent: Request, *, num_samples: int, error: Any) -> bool:
-        """Draws what can be learned from a refusal; says whether to ask again, another way."""
-        learned = self.dialect.learn(sent.body, num_samples=num_samples, error=error)
+    def learn(
+        self, ledger: Ledger, sent: Mapping[str, Any], *, num_samples: int, error: Any
+    ) -> bool:
+        """Draws what can be learned from the refusal of a body; says whether to ask again."""
+        if self.speaks_otherwise(sent, num_samples=num_samples):
+            return True  # somebody else has been refused the same
+        learned = self.dialect.learn(sent, num_samples=num_samples, error=error)
         if learned is None:
             return False
         self.speak(ledger, learned)
@@ -147,6 +151,11 @@ class Account:
             "%s at %s is asked another way: %s.", self._config.model, self.endpoint, learned
         )
         return True
+
+    def speaks_otherwise(self, sent: Mapping[str, Any], *, num_samples: int) -> bool:
+        """Whether a body that was sent would be another one now."""
+        now = self.dialect.body(self._config, "", max_tokens=1)
+        return set(sent) - {"n"} != set(now) or (num_samples > 1 and self.dialect.one_by_one)
 
     def speak(self, ledger: Ledger, dialect: Dialect) -> None:
         """Uses a dialect from now on, in later runs of the same ledger too."""
@@ -187,8 +196,10 @@ class Account:
         """What the ledger holds for a request, by slot; books what a killed process left unread."""
         found: dict[int, Completion] = {}
         for stored in ledger.answers(request.key):
-            if not stored.settled and self.settle(ledger, stored, request).problem:
-                continue
+            if not stored.settled:
+                reply = self.settle(ledger, stored, max_tokens=request.max_tokens)
+                if reply.problem:
+                    continue
             reply = read_reply(stored.raw, max_tokens=request.max_tokens)
             for slot, completion in zip(stored.slots, reply.completions, strict=False):
                 if completion is not None:  # a reply may hold fewer or more choices than asked for
@@ -205,9 +216,9 @@ class Account:
         number, final = ledger.num_failures(request.key)
         return final or number >= _PROCESSES * patience.attempts
 
-    def settle(self, ledger: Ledger, stored: Stored, request: Request) -> Reply:
+    def settle(self, ledger: Ledger, stored: Stored, *, max_tokens: int) -> Reply:
         """Reads a stored answer and books it; one without any text becomes a failure."""
-        reply = read_reply(stored.raw, max_tokens=request.max_tokens)
+        reply = read_reply(stored.raw, max_tokens=max_tokens)
         usd = None if reply.tokens is None else self._usd(*reply.tokens)
         if reply.problem:
             detail = self.secret.hide_all(reply.problem)

@@ -15,7 +15,6 @@ import openai
 from distill_jax.records import Completion
 from distill_jax.teacher.account import Account, Ask, Request
 from distill_jax.teacher.clerk import Clerk
-from distill_jax.teacher.dialect import Dialect
 from distill_jax.teacher.governor import Governor, Patience, Tries
 from distill_jax.teacher.ledger import Ledger, Stored
 from distill_jax.teacher.reply import (
@@ -215,7 +214,7 @@ class Asking:
           The fault, if that is what came back, and the tokens that were used.
         """
         desk, account = self._desk, self._desk.account
-        dialect, key, start = account.dialect, account.secret.value, time.monotonic()
+        key, start = account.secret.value, time.monotonic()
         try:
             raw = await desk.transport.send(request.body, num_samples=len(slots))
         except (openai.APIConnectionError, openai.APIStatusError, TimeoutError) as error:
@@ -223,8 +222,7 @@ class Asking:
             await desk.clerk.write(lambda ledger: account.fail(ledger, intent, end))
             if isinstance(end, Fault):
                 return end, 0
-            sent = Sent(request, len(slots), dialect, key)
-            if await self._mended(sent, end, getattr(error, "body", None)):
+            if await self._mended(request, len(slots), end, key, getattr(error, "body", None)):
                 return None, 0
             raise account.told(end) from None
         await desk.clerk.store(
@@ -235,7 +233,9 @@ class Asking:
             request_id=raw.request_id,
         )
         stored = Stored(intent, tuple(slots), raw.body, settled=False)
-        reply = await desk.clerk.write(lambda ledger: account.settle(ledger, stored, request))
+        reply = await desk.clerk.write(
+            lambda ledger: account.settle(ledger, stored, max_tokens=request.max_tokens)
+        )
         end = diagnose_reply(reply)
         if isinstance(end, TeacherError):
             raise account.told(end)
@@ -246,18 +246,20 @@ class Asking:
                 await desk.clerk.write(lambda ledger: account.speak(ledger, one_by_one))
         return end, sum(reply.tokens or (0, request.likely_tokens(len(slots))))
 
-    async def _mended(self, sent: "Sent", end: TeacherError, error: Any) -> bool:
+    async def _mended(
+        self, request: Request, num_samples: int, end: TeacherError, key: str, error: Any
+    ) -> bool:
         """Whether a refusal that concerns every prompt can be helped: another dialect or key."""
         account = self._desk.account
         if isinstance(end, RequestRefused):
-            return account.dialect != sent.dialect or await self._desk.clerk.write(
+            return await self._desk.clerk.write(
                 lambda ledger: account.learn(
-                    ledger, sent.request, num_samples=sent.num_samples, error=error
+                    ledger, request.body, num_samples=num_samples, error=error
                 )
             )
         if isinstance(end, CredentialsRefused):
             async with self._key_lock:
-                if account.secret.value != sent.key:
+                if account.secret.value != key:
                     return True
                 if self._key_worked:  # a new key that never worked is not read yet again
                     self._key_worked = False
@@ -314,13 +316,3 @@ class Asking:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """How a request was sent, to be compared with how it would be sent now."""
-
-    request: Request
-    num_samples: int
-    dialect: Dialect
-    key: str

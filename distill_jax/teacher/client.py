@@ -11,10 +11,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from distill_jax.config import TeacherConfig
+from distill_jax.config import TUTOR, TeacherConfig
 from distill_jax.records import Completion
 from distill_jax.teacher.account import Account, Ask
 from distill_jax.teacher.asking import Asking, Desk
+from distill_jax.teacher.batching import Batching
 from distill_jax.teacher.clerk import Clerk, pour
 from distill_jax.teacher.governor import PATIENCE, Governor, Patience
 from distill_jax.teacher.ledger import Ledger
@@ -37,7 +38,7 @@ class TeacherClient:
       patience: How long a prompt is tried.
 
     Raises:
-      ValueError: the endpoint is not free and has no price.
+      ValueError: the endpoint is not free and has no price, or is the tutor and has no Batch API.
       CredentialsRefused: the endpoint is not free and there is no key.
     """
 
@@ -50,6 +51,8 @@ class TeacherClient:
         free: bool,
         patience: Patience = PATIENCE,
     ):
+        if config.mode == "batch" and config.url == TUTOR:
+            raise ValueError("the tutor has no Batch API: set teacher.mode=chat.")
         self._account = Account(config, ledger, url=url, free=free)
         self._config, self._ledger, self._patience = config, ledger, patience
         self._url, self._free = url, free
@@ -84,7 +87,7 @@ class TeacherClient:
         if todo:
             self._check_rate(todo)
             try:
-                asyncio.run(self._ask(todo, lambda: advance(1, spending.told(1))))
+                asyncio.run(self._ask(todo, advance, spending))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None  # the second interrupt
         return self.recall(asks)
@@ -116,19 +119,26 @@ class TeacherClient:
                     "teacher.max_tokens or teacher.samples."
                 )
 
-    async def _ask(self, asks: Sequence[Ask], finished: Callable[[], None]) -> None:
-        patience, account = self._patience, self._account
+    async def _ask(self, asks: Sequence[Ask], advance: Advance, spending: "_Spending") -> None:
+        config, patience, account = self._config, self._patience, self._account
         with Clerk(self._ledger.path) as clerk:
             async with connect(self._url, account.secret, patience, local=self._free) as transport:
                 desk = Desk(account, self._ledger, clerk, transport, patience)
+
+                def finished() -> None:
+                    advance(1, spending.told(1))
+
+                if config.mode == "batch":
+                    batching = Batching(desk, finished, lambda detail: advance(0, detail))
+                    with _interruptible(batching):
+                        await batching.ask(asks)
+                    return
                 governor = Governor(
-                    concurrency=self._config.concurrency,
-                    per_minute=self._config.per_minute,
-                    patience=patience,
+                    concurrency=config.concurrency, per_minute=config.per_minute, patience=patience
                 )
                 asking = Asking(desk, governor, finished)
                 with _interruptible(asking):
-                    await asking.ask(asks, workers=self._config.concurrency)
+                    await asking.ask(asks, workers=config.concurrency)
 
 
 class _Spending:
@@ -151,7 +161,7 @@ class _Spending:
 
 
 @contextlib.contextmanager
-def _interruptible(asking: Asking) -> Iterator[None]:
+def _interruptible(asking: Asking | Batching) -> Iterator[None]:
     """Lets a first interrupt stop the asking gently, and a second one at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals go to the main thread, which must look after them
@@ -167,7 +177,7 @@ def _interruptible(asking: Asking) -> Iterator[None]:
             return
         asking.stop(Interrupted("interrupted; the same command goes on from here."))
         log.warning(
-            "stopping: %d requests are on their way and are awaited, for they are paid for. "
+            "stopping: %d requests are on their way; what they bring is kept. "
             "Interrupt again to stop at once.",
             asking.num_in_flight,
         )
