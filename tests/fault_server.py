@@ -147,7 +147,7 @@ def fault_server(behave: Behaviour) -> Iterator[tuple[FaultServer, str]]:
 def _answer(handler: BaseHTTPRequestHandler, says: Says) -> None:
     time.sleep(says.delay_s)
     raw = says.body.encode()
-    handler.send_response(says.status)
+    handler.send_response_only(says.status)  # without a date of its own
     for name, value in says.headers.items():
         handler.send_header(name, value)
     handler.send_header("Content-Type", "application/json")

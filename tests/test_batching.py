@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch_server import (
@@ -31,13 +32,13 @@ from distill_jax.teacher.reply import (
     TeacherUnavailable,
 )
 
-PRICED = {"price_usd": (10.0, 10.0), "budget_usd": 1.0}
+PRICED: dict[str, Any] = {"price_usd": (10.0, 10.0), "budget_usd": 1.0}
 COST = (50 + 20) * 10 / 1e6  # of a prompt with two answers
 
 
 def client(path: Path, ledger: Ledger, url: str, **changes) -> TeacherClient:
     knobs = {"url": "http://x/v1", "model": "m", "samples": 2, "mode": "batch"}
-    config = TeacherConfig(**(knobs | changes))
+    config = TeacherConfig.model_validate(knobs | changes)
     made = TeacherClient(config, ledger, url=url, free=True, patience=QUICK)
     made._account.endpoint = "http://x/v1"  # the server has another port each time
     return made

@@ -16,6 +16,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _DISK_ERRORS = {
     sqlite3.SQLITE_CANTOPEN: errno.EROFS,
     sqlite3.SQLITE_IOERR: errno.EFBIG,
 }
+LENIENT_TEXT = partial(str, encoding="utf-8", errors="replace")  # a flipped byte is no error yet
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 _TABLES = """
@@ -114,6 +116,8 @@ class Ledger:
                 timeout=BUSY_S,
                 check_same_thread=False,  # may be opened by one thread and then used by another
             )
+        self.database.text_factory = LENIENT_TEXT
+        self._reported: set[int] = set()
         try:
             with translated(path):
                 self.database.execute("PRAGMA journal_mode = WAL")
@@ -219,14 +223,21 @@ class Ledger:
 
         An intent has one answer: what arrives for it again is left out.
         """
-        row = (raw, text_hash(raw), attempts, latency_s, time.time(), request_id, intent)
         with self.together():
+            found = self.database.execute(
+                "SELECT key, slots FROM intents WHERE id = ? AND spent IS NULL", (intent,)
+            ).fetchone()
+            if found is None:
+                return
+            key, slots = found
             self.database.execute(
                 "INSERT OR IGNORE INTO answers "
                 "(intent, key, slots, raw, sha256, attempts, latency_s, received, request_id) "
-                "SELECT id, key, slots, ?, ?, ?, ?, ?, ? FROM intents "
-                "WHERE id = ? AND spent IS NULL",
-                row,
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(intent, key, slots, raw, answer_hash(key, slots, raw)),
+                    *(attempts, latency_s, time.time(), request_id),
+                ),
             )
 
     def settle(
@@ -281,16 +292,15 @@ class Ledger:
     def _book(self, intent: int, usd: float | None) -> None:
         """Closes an intent; the total loses what was reserved beyond the cost."""
         spent = None if usd is None else math.ceil(usd * NANO)
-        self.database.execute(
-            "UPDATE total SET spent = spent + "
-            "(SELECT coalesce(?, reserved) - reserved FROM intents WHERE id = ?)",
-            (spent, intent),
-        )
         closed = self.database.execute(
             "UPDATE intents SET spent = coalesce(?, reserved) WHERE id = ? AND spent IS NULL",
             (spent, intent),
         )
         assert closed.rowcount == 1, f"intent {intent} is unknown or already closed"
+        self.database.execute(
+            "UPDATE total SET spent = spent + (SELECT spent - reserved FROM intents WHERE id = ?)",
+            (intent,),
+        )
 
     def answers(self, key: str) -> list[Stored]:
         """The raw answers to a request, in the order they were asked.
@@ -305,9 +315,10 @@ class Ledger:
             ).fetchall()
         found = []
         for intent, slots, raw, sha256, settled in rows:
-            if text_hash(raw) == sha256:
+            if answer_hash(key, slots, raw) == sha256:
                 found.append(Stored(intent, tuple(json.loads(slots)), raw, bool(settled)))
-            else:
+            elif intent not in self._reported:
+                self._reported.add(intent)
                 log.warning(
                     "answer %d of %s was changed after it came and is not used; "
                     "see distill-jax ledger verify.",
@@ -362,5 +373,6 @@ def translated(path: Path) -> Iterator[None]:
         raise
 
 
-def text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def answer_hash(key: str, slots: str, raw: str) -> str:
+    """The SHA-256 by which an answer is recognised as the one that came."""
+    return hashlib.sha256("\n".join((key, slots, raw)).encode()).hexdigest()
