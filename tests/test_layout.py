@@ -20,14 +20,14 @@ families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj fam
 families.opt families
 families.layout families.config_json families.arrays weights
 run_folder progress checkpoint generate exam
-teacher.ledger teacher.audit teacher.reply teacher.governor teacher.dialect teacher.secret
+teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-training school teaching rounds exchange cli __main__
+training school teaching plan rounds exchange replay ledger_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}

@@ -36,6 +36,7 @@ _STATUS_OF = {  # what an error inside a body that came with status 200 would ha
     "model_not_found": 404,
 }
 _THIS_PROMPT_ONLY = {"context_length_exceeded", "content_filter", "content_policy_violation"}
+_REASONING = ("reasoning_content", "reasoning")
 _NEVER_REACHED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}  # of the HTTP library below
 _SECONDS_PER_YEAR = 365 * 24 * 3600
 
@@ -178,6 +179,22 @@ def _completion(
     if num_tokens is None:
         num_tokens = min(max_tokens, len(text.encode(errors="replace")))
     return Completion(text, reason, num_tokens)
+
+
+def read_reasoning(raw: str) -> list[str]:
+    """The reasoning that some servers send beside the text, one per choice that has any.
+
+    Example:
+      >>> read_reasoning('{"choices": [{"message": {"content": "4", "reasoning": "2 + 2"}}]}')
+      ['2 + 2']
+    """
+    try:
+        choices = json.loads(raw)["choices"]
+        messages = [choice["message"] for choice in choices]
+    except (ValueError, KeyError, TypeError):
+        return []
+    found = (m.get(name) for m in messages if isinstance(m, dict) for name in _REASONING)
+    return [text for text in found if isinstance(text, str) and text]
 
 
 def _finish(choice: Any) -> str | None:
