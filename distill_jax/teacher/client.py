@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Advance = Callable[[int, str], None]
 
+_MISSING = Completion("", "error", 0)
+
 
 class TeacherClient:
     """A teacher at an address; asks only for what its ledger doesn't hold.
@@ -81,7 +83,8 @@ class TeacherClient:
           ValueError: a prompt needs more tokens than `teacher.per_minute` lets through.
         """
         pour(self._ledger)
-        todo = [ask for ask in dict.fromkeys(asks) if self._is_open(ask)]
+        found = {ask: self._recall(ask) for ask in asks}
+        todo = [ask for ask, answers in found.items() if self._is_open(ask, answers)]
         spending = _Spending(self._ledger, len(todo))
         advance(len(asks) - len(todo), spending.told(0))
         if todo:
@@ -90,22 +93,22 @@ class TeacherClient:
                 asyncio.run(self._ask(todo, advance, spending))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None  # the second interrupt
-        return self.recall(asks)
+            found.update((ask, self._recall(ask)) for ask in todo)
+        return [found[ask] for ask in asks]
 
     def recall(self, asks: Sequence[Ask]) -> list[tuple[Completion, ...]]:
         """What the ledger holds, as `complete` returns it; asks nothing and costs nothing."""
-        failed = Completion("", "error", 0)
-        requests = [self._account.request(ask) for ask in asks]
-        answers = [self._account.answers(self._ledger, request) for request in requests]
-        return [
-            tuple(found.get(slot, failed) for slot in ask.slots)
-            for ask, found in zip(asks, answers, strict=True)
-        ]
+        return [self._recall(ask) for ask in asks]
 
-    def _is_open(self, ask: Ask) -> bool:
+    def _recall(self, ask: Ask) -> tuple[Completion, ...]:
+        answers = self._account.answers(self._ledger, self._account.request(ask))
+        return tuple(answers.get(slot, _MISSING) for slot in ask.slots)
+
+    def _is_open(self, ask: Ask, answers: Sequence[Completion]) -> bool:
+        if _MISSING not in answers:
+            return False
         request = self._account.request(ask)
-        missing = self._account.missing(self._ledger, request)
-        return bool(missing) and not self._account.hopeless(self._ledger, request, self._patience)
+        return not self._account.hopeless(self._ledger, request, self._patience)
 
     def _check_rate(self, asks: Sequence[Ask]) -> None:
         """Refuses what would wait for ever."""
