@@ -1,11 +1,18 @@
 """A lesson of some requests against a fault server: in this process, or in one to be killed."""
 
+import contextlib
+import itertools
+import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from random import Random
 
-from fault_server import Call, Says, chat, choice, error
+from fault_server import Call, FaultServer, Says, chat, choice, error, fault_server
 
 from distill_jax.cli import app
 from distill_jax.config import TeacherConfig
@@ -87,6 +94,90 @@ def start(path: Path, url: str, size: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for_calls(server: FaultServer, process: subprocess.Popen[str], number: int) -> bool:
+    """Waits until the server has seen so many calls; False if the process ended before."""
+    while len(server.calls) < number:
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def answered_prompts(path: Path) -> set[str]:
+    """The prompts whose answer a ledger holds."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        # a body that is none may be stored, if it was not read yet when the process died
+        query = "SELECT request FROM answers JOIN requests USING (key) WHERE json_valid(raw)"
+        rows = database.execute(query).fetchall()
+    return {json.loads(row)["body"]["messages"][0]["content"] for (row,) in rows}
+
+
+class Troubled:
+    """A server with latency and faults that notes which prompts it has answered in full."""
+
+    def __init__(self, seed: int):
+        self._random = Random(seed)
+        self.answered: Counter[str] = Counter()
+
+    def __call__(self, call: Call) -> Says:
+        delay_s = self._random.uniform(0.0, 0.06)
+        fault = self._random.random() if call.again < 2 else 1.0
+        if fault < 0.03:
+            return error(500, message="busy")
+        if fault < 0.06:
+            return error(429, retry_after_ms="20")
+        if fault < 0.08:
+            return Says(body="<html>Bad gateway</html>")
+        if fault < 0.10:
+            return Says(body='{"choices": [{"mess', reset_after=9, delay_s=delay_s)
+        self.answered[call.prompt] += 1
+        choices = [choice(text, index=k) for k, text in enumerate(sums(call.prompt, call.n))]
+        return Says(body=chat(call, choices=choices), delay_s=delay_s)
+
+
+def survive(path: Path, *, size: int, kills: int, seed: int) -> dict[str, int | bool]:
+    """A lesson that is killed again and again and then finished: what the server saw of it.
+
+    Returns:
+      `kills`; `requests` and `answers` as the server counted them; `same_rows`: whether the lesson
+      is that of an undisturbed server; `asked_again`: answers that were in the ledger at a kill
+      and asked for later; `paid_twice`: prompts answered more than once, and `most_paid_twice` for
+      one kill.
+    """
+    random, troubled, marks = Random(seed), Troubled(seed), []
+    most = max(2, 3 * size // (2 * kills))
+    with fault_server(troubled) as (server, url):
+        for _ in range(kills):
+            process = start(path, url, size)
+            goes_on = wait_for_calls(server, process, len(server.calls) + random.randint(1, most))
+            time.sleep(random.uniform(0.0, 0.05))
+            process.kill()
+            process.communicate()
+            time.sleep(0.1)  # what was on its way to the server has arrived
+            held = answered_prompts(path) if path.exists() and path.stat().st_size else set()
+            marks.append((len(server.calls), held, troubled.answered.copy()))
+            if not goes_on:
+                break
+        process = start(path, url, size)
+        process.communicate()
+        rows = teach(path, url, size)
+    lost = [
+        (answered - before).total() - len(held - before_held)
+        for (_, before_held, before), (_, held, answered) in itertools.pairwise(
+            [(0, set(), Counter()), *marks]
+        )
+    ]
+    return {
+        "kills": len(marks),
+        "requests": len(server.calls),
+        "answers": troubled.answered.total(),
+        "same_rows": rows == told_right(size),
+        "asked_again": sum(len(set(server.prompts[at:]) & held) for at, held, _ in marks),
+        "paid_twice": sum(count - 1 for count in troubled.answered.values()),
+        "most_paid_twice": max(lost),
+    }
 
 
 @app.command()

@@ -1,40 +1,32 @@
 """Killed or interrupted at any moment: what was paid is kept, nothing answered is asked again."""
 
-import json
 import signal
-import sqlite3
-import subprocess
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import pytest
-from fault_server import FaultServer, fault_server
-from paid_lesson import CONCURRENCY, fails_once, start, sum_up, teach, told_right
+from fault_server import fault_server
+from paid_lesson import (
+    CONCURRENCY,
+    answered_prompts,
+    fails_once,
+    start,
+    sum_up,
+    survive,
+    teach,
+    told_right,
+    wait_for_calls,
+)
 
 from distill_jax.teacher.audit import read_totals
-
-
-def wait_for_calls(server: FaultServer, process: subprocess.Popen, number: int) -> None:
-    while len(server.calls) < number:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        time.sleep(0.002)
-
-
-def answered_prompts(path: Path) -> set[str]:
-    database = sqlite3.connect(path)
-    rows = database.execute("SELECT request FROM answers JOIN requests USING (key)").fetchall()
-    database.close()
-    return {json.loads(row)["body"]["messages"][0]["content"] for (row,) in rows}
 
 
 def test_killed_in_mid_lesson_nothing_answered_is_asked_again(tmp_path: Path):
     path, size = tmp_path / "ledger.sqlite", 200
     with fault_server(sum_up) as (server, url):
         process = start(path, url, size)
-        wait_for_calls(server, process, 90)
+        assert wait_for_calls(server, process, 90)
         process.kill()
         process.communicate()
         time.sleep(0.1)  # what was on its way to the server has arrived
@@ -52,22 +44,11 @@ def test_killed_in_mid_lesson_nothing_answered_is_asked_again(tmp_path: Path):
 
 def test_many_kills_at_random_moments(tmp_path: Path):
     """The short form of scripts/kill_teacher.py."""
-    path, size, random, kills = tmp_path / "ledger.sqlite", 120, Random(7), 0
-    with fault_server(sum_up) as (server, url):
-        while (process := start(path, url, size)) and kills < 6:
-            begun = len(server.calls)
-            wait_for_calls(server, process, begun + random.randint(1, 15))
-            time.sleep(random.uniform(0.0, 0.03))
-            process.kill()
-            process.communicate()
-            kills += 1
-        process.communicate()
-        assert process.returncode == 0
-        served = Counter(prompt for prompt in server.prompts if not fails_once(prompt))
-        lesson = teach(path, url, size)
-    assert lesson == told_right(size)
-    assert sum(count - 1 for count in served.values()) <= kills * CONCURRENCY
-    assert read_totals(path).num_answers == size
+    seen = survive(tmp_path / "ledger.sqlite", size=120, kills=6, seed=7)
+    assert seen["kills"] == 6 and seen["same_rows"]
+    assert seen["asked_again"] == 0
+    assert seen["most_paid_twice"] <= CONCURRENCY
+    assert seen["paid_twice"] == seen["answers"] - 120
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -75,7 +56,7 @@ def test_the_first_interrupt_lets_what_is_in_flight_come_home(tmp_path: Path, nu
     path, size = tmp_path / "ledger.sqlite", 60
     with fault_server(partial(sum_up, delay_s=0.5)) as (server, url):
         process = start(path, url, size)
-        wait_for_calls(server, process, 12)
+        assert wait_for_calls(server, process, 12)
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
         asked, totals = len(server.calls), read_totals(path)
@@ -89,7 +70,7 @@ def test_the_second_interrupt_stops_at_once(tmp_path: Path):
     path, size = tmp_path / "ledger.sqlite", 60
     with fault_server(partial(sum_up, delay_s=3.0)) as (server, url):
         process = start(path, url, size)
-        wait_for_calls(server, process, CONCURRENCY + 1)  # one of them is refused first
+        assert wait_for_calls(server, process, CONCURRENCY + 1)  # one of them is refused first
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         assert "8 requests are on their way" in process.stderr.readline()
