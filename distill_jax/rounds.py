@@ -17,7 +17,7 @@ from distill_jax.progress import Progress
 from distill_jax.records import Attempt, Lesson, Rationale, Split, to_json
 from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
 from distill_jax.school import School, open_school
-from distill_jax.teaching import find_mistakes, teach
+from distill_jax.teaching import check_teacher, find_mistakes, teach
 from distill_jax.training import make_course, train_round
 
 NO_MISTAKES = "every training question was answered right"
@@ -47,6 +47,7 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
     folder = run_folder.open_run(config)
     with run_folder.lock(folder):
         if not (folder / "result.json").exists():
+            check_teacher(config)
             school = open_school(config, folder, progress)
             _sit(school, 0, "dev", weights_round=0)
             finished, reason = 0, ""

@@ -9,6 +9,7 @@ from distill_jax import prompts
 from distill_jax.config import TUTOR, Config, is_free
 from distill_jax.progress import Progress
 from distill_jax.records import GREEDY, Attempt, Lesson, Question
+from distill_jax.teacher.account import find_secret
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import Complete, Prompt, ask_teacher
@@ -22,6 +23,15 @@ def find_mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
         for attempt in attempts
         if attempt.sample_index == GREEDY and not attempt.correct
     }
+
+
+def check_teacher(config: Config) -> None:
+    """Makes sure that the teacher can be asked later, without asking.
+
+    Raises:
+      CredentialsRefused: there is no key and one is needed, or it can't be read.
+    """
+    find_secret(config.teacher, free=is_free(config.teacher.url))
 
 
 def teach(

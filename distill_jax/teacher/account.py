@@ -42,6 +42,22 @@ def endpoint(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
 
 
+def find_secret(config: TeacherConfig, *, free: bool) -> Secret:
+    """The key of a teacher; an empty one where none is needed.
+
+    Raises:
+      CredentialsRefused: there is none and one is needed, or it can't be read.
+    """
+    secret = Secret("" if config.url == TUTOR else config.api_key_env)
+    if not secret.value and not free:
+        name = config.api_key_env
+        raise CredentialsRefused(
+            f"the environment variable {name} is not set; it holds the key for "
+            f"{endpoint(config.url)}. {name}_FILE may name a file that does."
+        )
+    return secret
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What is wanted: completions of a prompt.
@@ -108,12 +124,7 @@ class Account:
             raise ValueError(f"the price of {self.endpoint} is unknown: set teacher.price_usd.")
         self._price = config.price_usd or (0.0, 0.0)
         self._limit = config.budget_usd if any(self._price) else None
-        self.secret = Secret("" if self.is_tutor else config.api_key_env)
-        if not self.secret.value and not free:
-            raise CredentialsRefused(
-                f"the environment variable {config.api_key_env} is not set; it holds the key for "
-                f"{self.endpoint}. {config.api_key_env}_FILE may name a file that does."
-            )
+        self.secret = find_secret(config, free=free)
         known = ledger.dialect(self.endpoint, config.model)
         self.dialect = Dialect() if known is None else Dialect.from_json(known)
         self._config = config
