@@ -201,9 +201,23 @@ def test_a_prompt_that_is_too_long_fails_alone(tmp_path):
     def behave(call: Call) -> Says:
         return error(400, "context_length_exceeded") if call.prompt == "long" else good(call)
 
-    out = Outcome(tmp_path, behave, ["a", "long", "b"])
+    out = Outcome(tmp_path, behave, ["a", "long", "b"], url="tutor")
     assert [row[0].finish_reason for row in out.answers] == ["stop", "error", "stop"]
     assert Counter(out.server.prompts)["long"] == 1
+    again = out.again(good, ["a", "long", "b"], url="tutor")
+    assert again.server.calls == [] and again.answers == out.answers  # for good
+
+
+def test_a_prompt_that_fails_in_one_process_after_the_other_is_given_up(tmp_path):
+    def behave(call: Call) -> Says:
+        return error(500) if call.prompt == "bad" else good(call)
+
+    out = Outcome(tmp_path, behave, ["a", "bad"], url="tutor")
+    assert out.raised is None and out.answers[1][0].finish_reason == "error"
+    for _ in range(2):  # nothing else is left to tell a bad prompt from a server in trouble
+        assert isinstance(out.again(behave, ["a", "bad"], url="tutor").raised, TeacherUnavailable)
+    last = out.again(behave, ["a", "bad"], url="tutor")
+    assert last.server.calls == [] and last.answers == out.answers
 
 
 def test_an_unreachable_server_ends_the_run_and_costs_nothing(tmp_path):

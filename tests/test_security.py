@@ -130,6 +130,11 @@ def test_05_a_key_file_is_nobody_elses(tmp_path: Path, monkeypatch):
     path.unlink()
     with pytest.raises(CredentialsRefused, match="No such file"):
         Secret("FRESH")
+    monkeypatch.delenv("FRESH_FILE")
+    for command in ("false", "/no/such/command", "true"):
+        monkeypatch.setenv("FRESH_COMMAND", command)
+        with pytest.raises(CredentialsRefused, match="the command in FRESH_COMMAND"):
+            Secret("FRESH")
     monkeypatch.setenv("FRESH", "from the environment")
     assert Secret("FRESH").value == "from the environment"
 

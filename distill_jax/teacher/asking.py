@@ -113,14 +113,13 @@ class Asking:
 
     async def _finish(self, ask: Ask) -> None:
         """Asks for a prompt until every slot is answered or patience runs out."""
-        desk, tries, attempts = self._desk, Tries(), 0
-        deadline = time.monotonic() + desk.patience.total_s
+        desk, tries, attempts, deadline = self._desk, Tries(), 0, math.inf
         while not self._stopping.is_set():
             request = desk.account.request(ask)  # anew: the dialect may be another one
             found = desk.account.answers(desk.ledger, request)
             missing = [slot for slot in ask.slots if slot not in found]
             if not missing:
-                self._note_samples(list(found.values()))
+                self._note_samples([found[slot] for slot in ask.slots])
                 return
             # once some are answered the rest are asked one by one: the server may ignore `n`
             alone = desk.account.dialect.one_by_one or len(missing) < len(ask.slots)
@@ -128,6 +127,7 @@ class Asking:
             fault = await self._attempt(request, missing[:1] if alone else missing, attempts)
             if fault is None:
                 continue
+            deadline = min(deadline, time.monotonic() + desk.patience.total_s)
             wait = tries.next_wait(fault, desk.patience, self._random)
             late = wait is None or time.monotonic() + wait > deadline
             if fault.kind == "rate limit":
@@ -169,24 +169,27 @@ class Asking:
         """
         desk = self._desk
         while await self._admitted(tokens):
-            desk.clerk.check_room()
             self._reserved += 1
             try:
+                desk.clerk.check_room()
                 intent = await desk.clerk.write(
                     lambda ledger: desk.account.reserve(ledger, request, slots)
                 )
             except OSError:
-                self._reserved -= 1
+                self._withdraw(tokens)
                 raise
             if intent is not None:
                 return intent
-            self._reserved -= 1
-            self._governor.withdraw(tokens, now=time.monotonic())
+            self._withdraw(tokens)
             if not self._reserved:
                 raise desk.account.over_budget(desk.ledger)
             self._landed.clear()
             await self._landed.wait()
         return None
+
+    def _withdraw(self, tokens: int) -> None:
+        self._reserved -= 1
+        self._governor.withdraw(tokens, now=time.monotonic())
 
     async def _admitted(self, tokens: int) -> bool:
         """Waits for the governor; False if everything stopped meanwhile."""

@@ -28,7 +28,7 @@ class Patience:
       connect_s: Seconds for a connection to stand.
       read_s: Seconds without a byte.
       request_s: Seconds for one request, from sending to the last byte.
-      total_s: Seconds after which a prompt is not asked again.
+      total_s: Seconds after its first fault, after which a prompt is not asked again.
       backoff_s: The longest first wait; it doubles with each fault.
       longest_backoff_s: Where it stops doubling.
       longest_retry_after_s: The longest wait that is granted to a server that names one.

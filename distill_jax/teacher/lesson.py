@@ -192,8 +192,8 @@ def leaks(text: str, question: Question, mistake: str) -> bool:
       >>> leaks("As the hint says, it is 5.", tom, ""), leaks("2 + 3 = 5.", tom, "")
       (True, False)
     """
-    told = _TOLD.search(text)
-    if told and _essence(told[0]) not in _essence(question.text):
+    asked = _essence(question.text)
+    if any(_essence(told[0]) not in asked for told in _TOLD.finditer(text)):
         return True
     answer = f"({question.answer})" if question.kind == "choice" else question.answer
     if _ANSWER_FIRST.match(text) or re.match(

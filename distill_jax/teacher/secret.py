@@ -65,10 +65,14 @@ class Secret:
             raise CredentialsRefused(f"{self.name}_FILE: {path}: {error.strerror}.") from None
 
     def _ask(self, command: str) -> str:
-        done = subprocess.run(
-            shlex.split(command), stdout=subprocess.PIPE, text=True, timeout=_COMMAND_S, check=False
-        )
-        return self._not_empty("" if done.returncode else done.stdout, f"`{command}`")
+        words = shlex.split(command)
+        try:
+            said = subprocess.run(
+                words, stdout=subprocess.PIPE, text=True, timeout=_COMMAND_S, check=True
+            ).stdout
+        except (OSError, subprocess.SubprocessError):
+            said = ""
+        return self._not_empty(said, f"the command in {self.name}_COMMAND")
 
     def _not_empty(self, key: str, where: str) -> str:
         if not key.strip():
