@@ -184,11 +184,9 @@ def _impossible(config: Config) -> Iterator[str]:
             f"task.name is one of {', '.join(TASKS)} or a file that ends in .jsonl; "
             f"got {task.name!r}{hint}"
         )
-    if train.batch_size % train.microbatch_size:
-        yield (
-            f"train.microbatch_size must divide train.batch_size ({train.batch_size}); "
-            f"got {train.microbatch_size}."
-        )
+    small, size = train.microbatch_size, train.batch_size
+    if size % small:
+        yield f"train.microbatch_size must divide train.batch_size ({size}); got {small}."
     if not train.learning_rates:
         yield "train.learning_rates needs one number per round, at least one; got none."
     if not task.steps:

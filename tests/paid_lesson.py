@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -184,6 +185,14 @@ def survive(path: Path, *, size: int, kills: int, seed: int) -> dict[str, int | 
 def paid_lesson(path: Path, url: str, size: int) -> None:
     """What `start` runs; the command group turns its end into an exit code."""
     teach(path, url, size)
+
+
+@app.command()
+def survive_kills(size: int = 1000, kills: int = 200, seed: int = 0) -> None:
+    """Prints what `survive` saw: python tests/paid_lesson.py survive-kills (ten minutes)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ledger.sqlite"
+        print(json.dumps(survive(path, size=size, kills=kills, seed=seed)))
 
 
 if __name__ == "__main__":

@@ -202,7 +202,8 @@ def test_a_quota_that_is_gone_ends_it_after_the_rest_is_booked(tmp_path: Path):
 def test_only_what_the_budget_allows_is_handed_in(tmp_path: Path):
     worst = (2 + 64 + 256) * 10 / 1e6
     limit = worst + 2.5 * COST
-    got, state = run(tmp_path / "l", all_good, **PRICED | {"budget_usd": limit})
+    tight: dict[str, Any] = PRICED | {"budget_usd": limit}
+    got, state = run(tmp_path / "l", all_good, **tight)
     # one fits at its worst; once its real cost is known another does, until none does
     assert isinstance(got, BudgetReached)
     assert [len(rows) for rows in state.rows] == [1, 1, 1]

@@ -43,7 +43,7 @@ def test_killed_in_mid_lesson_nothing_answered_is_asked_again(tmp_path: Path):
 
 
 def test_many_kills_at_random_moments(tmp_path: Path):
-    """The short form of scripts/kill_teacher.py."""
+    """The long form is a command: python tests/paid_lesson.py survive-kills."""
     seen = survive(tmp_path / "ledger.sqlite", size=120, kills=6, seed=7)
     assert seen["kills"] == 6 and seen["same_rows"]
     assert seen["asked_again"] == 0

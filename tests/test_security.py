@@ -104,11 +104,13 @@ def test_05_a_key_that_is_replaced_in_mid_run_is_read_again(
     assert 1 <= len(old) <= 2  # those that were on their way together
 
 
-def test_05_a_new_key_that_is_refused_too_ends_the_run(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("source", ["FILE", "COMMAND"])
+def test_05_a_new_key_that_is_refused_too_ends_the_run(tmp_path: Path, monkeypatch, source: str):
     path = tmp_path / "key"
     path.write_text("old-key-12345678")
     path.chmod(0o600)
-    monkeypatch.setenv("FRESH_FILE", str(path))
+    always_another = "date +old-key-1234-%s%N"
+    monkeypatch.setenv(f"FRESH_{source}", str(path) if source == "FILE" else always_another)
     (raised,), calls = complete(tmp_path, refuses_all_but("another"))
     assert raised.exit_code == 12 and len(calls) <= 4
     assert "key-1234" not in str(raised)
