@@ -165,7 +165,7 @@ def unfenced(prompt: str) -> str:
       'Wrong Solution: It is 6.'
     """
     prompt = re.sub(rf"\n{re.escape(_FENCED)}".replace(r"\{0\}", _MARK), "", prompt)
-    return re.sub(rf" {_MARK}", "", prompt)
+    return re.sub(rf" {_MARK} (?= {_MARK})| {_MARK}", "", prompt)
 
 
 def teacher_demonstrations(task_name: str, *, feedback: bool, hint: bool) -> str:

@@ -18,6 +18,7 @@ from distill_jax.prompts import (
     mistake_target,
     target,
     teacher_demonstrations,
+    unfenced,
 )
 from distill_jax.records import Kind, Question
 
@@ -184,6 +185,16 @@ def test_first_round_prompt_and_prompt_without_hint() -> None:
     )
     bare = feedback_prompt(INK, mistake="", hint=False, demonstrations="")
     assert "Hint" not in bare and "\nWrong Solution: [[e3b0c442]]  [[e3b0c442]]\n" in bare
+
+
+@pytest.mark.parametrize(("mistake", "line"), [("2 + 3\n= 6.", " 2 + 3 = 6."), ("", "")])
+def test_without_its_fence_a_feedback_prompt_is_the_published_one(mistake: str, line: str) -> None:
+    prompt = feedback_prompt(TOM, mistake=mistake, hint=True, demonstrations="D\n")
+    assert unfenced(prompt) == (
+        f"D\n\nQuestion: {TOM.text}\nWrong Solution:{line}\n"
+        "Please correct the wrong solution by using better reasoning steps.\n"
+        "Hint: The final answer should be 5.\nBetter Reasoning:"
+    )
 
 
 @pytest.mark.parametrize("task", TEACHER_TASKS)

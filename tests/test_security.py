@@ -181,7 +181,7 @@ def test_30_an_answer_without_end_is_cut_off_and_refused(tmp_path: Path):
     def behave(call: Call) -> Says:
         if call.again:
             return good(call)
-        return Says(body=chat(call, choices=[choice("x" * (LARGEST_BODY + 1000))] * 2))
+        return Says(body=chat(call, choices=[choice("x" * (LARGEST_BODY + (1 << 20)))] * 2))
 
     out = Outcome(tmp_path, behave, ["p"])
     assert out.texts == [["answer 0 to p", "answer 1 to p"]]

@@ -13,7 +13,7 @@ from distill_jax.teacher.governor import Patience
 from distill_jax.teacher.secret import Secret
 
 LARGEST_BODY = 4 << 20
-"""Bytes of an answer that are read; a longer one is cut off, which leaves it unreadable."""
+"""Bytes of an answer after which no more is read, which leaves it unreadable."""
 
 _NO_KEY = "EMPTY"  # sent to servers that need none
 
@@ -59,7 +59,7 @@ class Transport:
                         break
             except httpx2.TransportError as error:
                 raise openai.APIConnectionError(request=response.http_request) from error
-            text = b"".join(chunks)[:LARGEST_BODY].decode(errors="replace")
+            text = b"".join(chunks).decode(errors="replace")
             return Raw(self._secret.hide(text), response.request_id)
 
 
