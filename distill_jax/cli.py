@@ -17,6 +17,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from distill_jax.ledger_commands import ledger
+
 WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 data = typer.Typer(no_args_is_help=True, help="Question sets on this machine.")
 app.add_typer(data, name="data")
+app.add_typer(ledger, name="ledger")
 
 
 class SplitName(StrEnum):
@@ -195,6 +198,22 @@ def report(
     facts = {"page": str(page), "runs": [status_json(summary) for summary in summaries]}
     _show(facts, as_json, lambda: print_runs(summaries))
     print(f"report: {page}", file=sys.stderr)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A config, such as configs/quickstart.yaml.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Before anything is spent: requests, tokens and dollars; low, expected and upper bound."""
+    from distill_jax.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from distill_jax.plan import plan_json, plan_lines, plan_teacher
+
+    teacher = plan_teacher(settings)
+    _show(plan_json(teacher), as_json, lambda: print("\n".join(plan_lines(settings, teacher))))
 
 
 @app.command()

@@ -90,7 +90,10 @@ class TeacherConfig(Section):
     max_tokens: Count = 128
     feedback: bool = True  # from round 2 on, show the student's wrong rationale
     hint: bool = True  # show the gold answer
-    concurrency: Count = 32  # requests in flight
+    extra_tries: CountOrAll = 0  # asks again about questions of which no rationale was kept; ours
+    mode: Literal["chat", "batch"] = "chat"  # batch: the provider's Batch API, cheaper and slower
+    concurrency: Count = 32  # requests in flight, at most; fewer while the server refuses some
+    per_minute: tuple[CountOrAll, CountOrAll] = (0, 0)  # requests, tokens; 0 is no limit
     budget_usd: NotNegative = 0.0  # a hard limit for the run; endpoints that cost nothing need none
     price_usd: tuple[NotNegative, NotNegative] | None = None  # prompt, completion; a million tokens
 
@@ -98,8 +101,7 @@ class TeacherConfig(Section):
 class TutorConfig(Section):
     """How often the built-in teacher errs."""
 
-    wrong_rate: Probability = 0.1
-    corrected_wrong_rate: Probability = 0.05  # when the prompt shows a mistake
+    wrong_rates: tuple[Probability, Probability] = (0.1, 0.05)  # without and with a mistake shown
 
 
 class TrainConfig(Section):
@@ -174,7 +176,7 @@ class Config(Section):
 
 def _impossible(config: Config) -> Iterator[str]:
     """Yields a sentence for every combination that can't work."""
-    task, train, teacher = config.task, config.train, config.teacher
+    task, train, teacher, axes = config.task, config.train, config.teacher, config.mesh
     if task.name not in TASKS and not task.name.endswith(".jsonl"):
         near = difflib.get_close_matches(task.name, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
@@ -182,11 +184,9 @@ def _impossible(config: Config) -> Iterator[str]:
             f"task.name is one of {', '.join(TASKS)} or a file that ends in .jsonl; "
             f"got {task.name!r}{hint}"
         )
-    if train.batch_size % train.microbatch_size:
-        yield (
-            f"train.microbatch_size must divide train.batch_size ({train.batch_size}); "
-            f"got {train.microbatch_size}."
-        )
+    small, size = train.microbatch_size, train.batch_size
+    if size % small:
+        yield f"train.microbatch_size must divide train.batch_size ({size}); got {small}."
     if not train.learning_rates:
         yield "train.learning_rates needs one number per round, at least one; got none."
     if not task.steps:
@@ -200,7 +200,6 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.reflection.objective != "none" and not config.exam.samples:
         yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
-    axes = config.mesh
     if sum(size == -1 for size in (axes.data, axes.fsdp, axes.tensor)) > 1:
         yield f"mesh lets one axis be -1 (all that is left); got {axes}."
     if any(size != -1 and size < 1 for size in (axes.data, axes.fsdp, axes.tensor)):

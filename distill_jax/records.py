@@ -13,7 +13,7 @@ T = TypeVar("T")
 Split = Literal["train", "dev", "test"]
 Kind = Literal["numeric", "choice", "yes_no", "text"]
 FinishReason = Literal["stop", "length", "content_filter", "error"]
-Verdict = Literal["kept", "wrong", "unreadable", "cut", "duplicate", "failed"]
+Verdict = Literal["kept", "wrong", "unreadable", "cut", "duplicate", "leak", "failed"]
 
 GREEDY = 0
 """`sample_index` of the greedy answer; the samples drawn at random are 1 to S."""
@@ -96,7 +96,8 @@ class Rationale:
       text: The reasoning, without the answer line that follows it.
       answer: The answer as read, or None.
       verdict: `kept`, or why not: `wrong` answer, `unreadable`, `cut` by the token limit,
-        `duplicate` of a kept one, `failed` when no answer came.
+        `duplicate` of a kept one, `leak` of the hint or the student's text, `failed` when no
+        answer came.
     """
 
     question_id: str

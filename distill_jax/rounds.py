@@ -4,24 +4,20 @@ Every stage asks first whether its file is finished, so the same call starts a r
 wherever it was interrupted, and does nothing to a finished one.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
-from distill_jax import prompts, run_folder
+from distill_jax import run_folder
 from distill_jax.batches import make_rows
-from distill_jax.config import TUTOR, Config, is_free
+from distill_jax.config import Config
 from distill_jax.exam import accuracy, take_exam
 from distill_jax.progress import Progress
-from distill_jax.records import GREEDY, Attempt, Lesson, Question, Rationale, Split, to_json
+from distill_jax.records import Attempt, Lesson, Rationale, Split, to_json
 from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
 from distill_jax.school import School, open_school
-from distill_jax.teacher.client import TeacherClient
-from distill_jax.teacher.ledger import Ledger
-from distill_jax.teacher.lesson import ask_teacher
-from distill_jax.teacher.tutor import serve
+from distill_jax.teaching import check_teacher, find_mistakes, teach
 from distill_jax.training import make_course, train_round
 
 NO_MISTAKES = "every training question was answered right"
@@ -51,6 +47,7 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
     folder = run_folder.open_run(config)
     with run_folder.lock(folder):
         if not (folder / "result.json").exists():
+            check_teacher(config)
             school = open_school(config, folder, progress)
             _sit(school, 0, "dev", weights_round=0)
             finished, reason = 0, ""
@@ -64,7 +61,7 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
 def _play_round(school: School, round_index: int) -> str:
     """One round; returns why it could not be played, or an empty string."""
     attempts = _sit(school, round_index, "exam", weights_round=round_index - 1)
-    if round_index > 1 and not _mistakes(attempts):
+    if round_index > 1 and not find_mistakes(attempts):
         return NO_MISTAKES
     lesson = _teach(school, round_index, attempts)
     if not lesson.kept:
@@ -150,84 +147,22 @@ def _sit(school: School, round_index: int, stage: str, *, weights_round: int) ->
     return rows
 
 
-def _mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
-    """The greedy answers that are wrong, by question."""
-    return {
-        attempt.question_id: attempt.text
-        for attempt in attempts
-        if attempt.sample_index == GREEDY and not attempt.correct
-    }
-
-
 def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
-    """The round's lesson, from its file or from the teacher.
-
-    Round 1 asks every training question, without feedback. Later rounds ask each question that
-    the greedy answer got wrong once, and show the mistake unless feedback is off.
-    """
+    """The round's lesson, from its file or from the teacher."""
     path = round_folder(school.folder, round_index) / "lesson.jsonl"
     if path.exists():
         return Lesson(tuple(read_records(path, Rationale)))
-    config = school.config
-    mistakes = _mistakes(attempts)
-    asked = school.questions["train"]
-    if round_index == 1:
-        mistakes = {}
-    else:
-        asked = [question for question in asked if question.id in mistakes]
-    feedback = config.teacher.feedback and round_index > 1
-    examples = {
-        shown: prompts.teacher_demonstrations(
-            config.task.name, feedback=shown, hint=config.teacher.hint
-        )
-        for shown in (True, False)
-    }
-
-    def prompt(question: Question, mistake: str | None) -> str:
-        return prompts.feedback_prompt(
-            question,
-            mistake=mistake,
-            hint=config.teacher.hint,
-            demonstrations=examples[mistake is not None],
-        )
-
-    with (
-        timed(school.folder, round_index, "teach"),
-        school.progress.stage(
-            f"teaching, round {round_index}", total=len(asked), unit="questions"
-        ) as tick,
-        _teacher(school, round_index) as teacher,
-    ):
-        lesson = ask_teacher(
-            asked,
-            mistakes if feedback else {},
-            partial(teacher.complete, advance=tick),
-            prompt=prompt,
+    with timed(school.folder, round_index, "teach"):
+        lesson = teach(
+            school.config,
+            school.folder,
+            school.questions["train"],
+            attempts,
             round_index=round_index,
-            samples=config.teacher.samples,
+            progress=school.progress,
         )
     write_records(path, lesson.rows)
     return lesson
-
-
-@contextmanager
-def _teacher(school: School, round_index: int) -> Iterator[TeacherClient]:
-    """The teacher behind its ledger; the tutor is started if it is the teacher."""
-    config = school.config
-    with Ledger(school.folder / "ledger.sqlite") as ledger:
-        client = partial(
-            TeacherClient,
-            config.teacher,
-            ledger,
-            free=is_free(config.teacher.url),
-            # A prompt that an earlier round asked already is asked for new samples.
-            first_slot=(round_index - 1) * config.teacher.samples,
-        )
-        if config.teacher.url != TUTOR:
-            yield client(url=config.teacher.url)
-            return
-        with serve(school.questions["train"], tutor=config.tutor, seed=config.seed) as url:
-            yield client(url=url)
 
 
 def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:

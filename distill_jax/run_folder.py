@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "teacher.api_key_env",
     "teacher.budget_usd",
     "teacher.concurrency",
+    "teacher.mode",
+    "teacher.per_minute",
     "teacher.price_usd",
     "train.checkpoint_every",
     "train.microbatch_size",

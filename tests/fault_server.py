@@ -23,6 +23,7 @@ class Call:
     again: int  # how often this prompt came before
     body: Mapping[str, Any]
     at: float
+    key: str = ""  # that came with it
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,12 @@ class FaultServer:
     def prompts(self) -> list[str]:
         return [call.prompt for call in self.calls]
 
-    def enter(self, body: Mapping[str, Any]) -> Call:
+    def enter(self, body: Mapping[str, Any], key: str) -> Call:
         prompt = body["messages"][-1]["content"]
         with self._lock:
             again = self._seen[prompt]
-            call = Call(prompt, body.get("n", 1), len(self.calls), again, body, time.monotonic())
+            number, now = len(self.calls), time.monotonic()
+            call = Call(prompt, body.get("n", 1), number, again, body, now, key)
             self.calls.append(call)
             self._seen[prompt] += 1
             self._now += 1
@@ -112,8 +114,10 @@ def fault_server(behave: Behaviour) -> Iterator[tuple[FaultServer, str]]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            call = state.enter(body)
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            is_chat = self.path.endswith("/chat/completions")
+            body = json.loads(raw) if is_chat else {"messages": [{"content": ""}]}
+            call = state.enter(body, self.headers["Authorization"].removeprefix("Bearer "))
             try:
                 _answer(self, state.behave(call))
             except ConnectionError:
@@ -146,7 +150,7 @@ def fault_server(behave: Behaviour) -> Iterator[tuple[FaultServer, str]]:
 def _answer(handler: BaseHTTPRequestHandler, says: Says) -> None:
     time.sleep(says.delay_s)
     raw = says.body.encode()
-    handler.send_response(says.status)
+    handler.send_response_only(says.status)  # without a date of its own
     for name, value in says.headers.items():
         handler.send_header(name, value)
     handler.send_header("Content-Type", "application/json")

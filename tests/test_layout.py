@@ -21,12 +21,14 @@ families.opt families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
 weights
 run_folder progress checkpoint slots engine generate exam
-teacher.ledger teacher.reply teacher.governor teacher.account teacher.client
+teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
+teacher.account teacher.clerk teacher.transport teacher.asking
+teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-training school rounds model_card exchange cli __main__
+training school teaching plan rounds model_card exchange replay ledger_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_jax.teacher.ledger import Ledger, canonical, read_totals, request_key
+from distill_jax.teacher.audit import read_totals
+from distill_jax.teacher.ledger import Ledger, canonical, request_key
 
 NANO = Fraction(1, 10**9)
 
@@ -79,7 +80,7 @@ def test_answer_is_on_disk_unread_and_survives_without_close(tmp_path: Path):
 
 def test_commits_reach_the_disk(tmp_path: Path):
     with Ledger(tmp_path / "l") as ledger:
-        database = ledger._database
+        database = ledger.database
         assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert database.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
@@ -105,7 +106,7 @@ def test_an_answer_that_is_none_moves_to_the_failures(tmp_path: Path):
         ledger.store(intent, "<html>", attempts=1, latency_s=0.1)
         ledger.fail(intent, "bad answer", "<html>", usd=None)
         assert ledger.answers(request_key(ask("p"))) == []
-        rows = ledger._database.execute("SELECT kind, detail FROM failures").fetchall()
+        rows = ledger.database.execute("SELECT kind, detail FROM failures").fetchall()
         assert rows == [("bad answer", "<html>")]
 
 
@@ -204,8 +205,8 @@ def test_foreign_files_are_left_alone(tmp_path: Path):
     assert other.read_text() == "hello " * 1000
     newer = tmp_path / "newer"
     with Ledger(newer) as ledger:
-        ledger._database.execute("PRAGMA user_version = 99")
-    with pytest.raises(ValueError, match="schema 99; this version reads 1"):
+        ledger.database.execute("PRAGMA user_version = 99")
+    with pytest.raises(ValueError, match="schema 99; this version reads 2"):
         Ledger(newer)
     with pytest.raises(FileNotFoundError, match="there is no ledger"):
         read_totals(tmp_path / "absent")
@@ -214,8 +215,8 @@ def test_foreign_files_are_left_alone(tmp_path: Path):
 def test_a_full_disk_is_an_error_of_the_disk_and_loses_nothing(tmp_path: Path):
     path = tmp_path / "l"
     with Ledger(path) as ledger:
-        pages = ledger._database.execute("PRAGMA page_count").fetchone()[0]
-        ledger._database.execute(f"PRAGMA max_page_count = {pages + 3}")
+        pages = ledger.database.execute("PRAGMA page_count").fetchone()[0]
+        ledger.database.execute(f"PRAGMA max_page_count = {pages + 3}")
         stored = 0
         with pytest.raises(OSError, match="can't be written") as caught:
             while True:

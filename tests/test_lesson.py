@@ -19,9 +19,11 @@ def said(text: str, finish_reason: FinishReason = "stop") -> Completion:
 
 
 def teach(questions, answers, mistakes=None, shown=None):
-    def complete(prompts):
+    def complete(asks):
         if shown is not None:
-            shown.extend(prompts)
+            shown.extend(ask.prompt for ask in asks if not ask.longer)
+        if asks and asks[0].longer:  # what was cut stays cut
+            return [[Completion("", "error", 0)] * len(ask.slots) for ask in asks]
         return answers
 
     return ask_teacher(
@@ -69,7 +71,7 @@ def test_a_repeated_wrong_answer_does_not_hide_a_right_one():
 
 def test_the_same_words_for_two_questions_are_no_duplicates():
     twin = dataclasses.replace(TOM, id="t/3")
-    answers = [[said("8.\nSo 8.\nAnswer: 8")]] * 2
+    answers = [[said("So it is 8.\nAnswer: 8")]] * 2
     lesson = teach([TOM, twin], answers)
     assert [row.question_id for row in lesson.kept] == ["t/1", "t/3"]
 
@@ -116,3 +118,41 @@ def test_whatever_comes_back_the_counts_add_up(texts):
     lesson = teach(questions, [[said(text, reason) for text, reason in row] for row in texts])
     assert lesson.num_asked == 3 * len(texts)
     assert lesson.num_asked == len(lesson.kept) + sum(lesson.rejected.values())
+
+
+WRONG = "Tom has 5 eggs and finds 3 more, so he has 9 eggs.\nAnswer: 9"
+
+
+@pytest.mark.parametrize(
+    ("text", "leak"),
+    [
+        ("5 + 3 = 8.", False),
+        ("The answer is given as 8, so 5 + 3 = 8.", True),
+        ("As the hint says, Tom has 8.", True),
+        ("We know the expected answer, which is 8.", True),
+        ("The final answer should be 8, because 5 + 3 = 8.", True),
+        ("So, the answer is 8. Indeed 5 + 3 = 8.", True),
+        ("The correct answer is 8, for 5 + 3 = 8.", True),
+        ("8. Because 5 + 3 = 8.", True),
+        ("8 is what 5 + 3 makes.", False),
+        ("5 + 3 = 8. Therefore, the answer is 8.", False),
+        ("The student says: tom has 5 eggs and finds 3 more, so he has 9 eggs! No: 8.", True),
+        ("Tom has 5 eggs and finds 3 more, so he has 9 eggs? No, 8.", False),  # goes on from it
+        ("He finds 3 more, so he has 8 eggs.", False),
+    ],
+)
+def test_what_gives_the_answer_or_the_mistake_away(text: str, leak: bool):
+    lesson = teach([TOM], [[said(f"{text}\nAnswer: 8")]], {"t/1": WRONG})
+    assert [row.verdict for row in lesson.rows] == ["leak" if leak else "kept"]
+
+
+def test_a_question_about_hints_may_be_answered_with_the_word():
+    about = dataclasses.replace(TOM, text="A game gives 5 hints, then 3 hints. How many hints?")
+    lesson = teach([about], [[said("5 hints + 3 hints = 8 hints.\nAnswer: 8")]])
+    assert len(lesson.kept) == 1
+
+
+def test_rationales_that_differ_in_marks_and_case_alone_are_one():
+    texts = ["So 5 + 3 = 8!", "so 5 + 3 = 8", "So 5 + 3 = 8, eggs.", "So 5 - 3 = 8!"]
+    lesson = teach([TOM], [[said(f"{text}\nAnswer: 8") for text in texts]])
+    assert [row.verdict for row in lesson.rows] == ["kept", "duplicate", "kept", "kept"]

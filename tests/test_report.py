@@ -89,7 +89,7 @@ def test_numbers_are_those_that_were_put_in(run):
         180,
     )
     expected = {"kept": 100, "wrong": 20, "unreadable": 20, "cut": 20, "duplicate": 20}
-    assert lesson.verdicts == {**expected, "failed": 20}
+    assert lesson.verdicts == {**expected, "leak": 0, "failed": 20}
     assert lesson.num_taught == 40  # every fifth question has the first four verdicts
     assert (second.rows, second.pairs, second.steps) == (98, 91, 90)
     assert second.total_seconds == 167.0

@@ -73,9 +73,9 @@ def assert_known_and_lossless(text: str) -> None:
 @pytest.mark.parametrize("wrong_rate", [0.0, 1.0])
 def test_every_word_of_the_tutor_is_known(feedback: bool, wrong_rate: float):
     """Right and wrong answers, with and without a mistake shown."""
-    rates = TutorConfig(wrong_rate=wrong_rate, corrected_wrong_rate=wrong_rate)
+    rates = TutorConfig(wrong_rates=(wrong_rate, wrong_rate))
     asked = questions(200)
-    wrong = Tutor(asked, tutor=TutorConfig(wrong_rate=1.0), seed=1)
+    wrong = Tutor(asked, tutor=TutorConfig(wrong_rates=(1.0, 1.0)), seed=1)
     tutor = Tutor(asked, tutor=rates, seed=0)
     tips = 0
     for question in asked:

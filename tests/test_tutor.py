@@ -23,7 +23,7 @@ from distill_jax.teacher.lesson import ask_teacher
 from distill_jax.teacher.tutor import Tutor, serve
 
 QUESTIONS = make_questions(num_train=60, num_test=0, steps=[2, 3, 4], max_value=30, seed=7)
-NEVER, ALWAYS = TutorConfig(wrong_rate=0.0, corrected_wrong_rate=0.0), TutorConfig(wrong_rate=1.0)
+NEVER, ALWAYS = TutorConfig(wrong_rates=(0.0, 0.0)), TutorConfig(wrong_rates=(1.0, 1.0))
 INK = Question(
     "csqa/train/0",
     "What absorbs ink?",
@@ -138,7 +138,7 @@ def test_many_at_once(url, tmp_path: Path):
 
 def test_rates_of_wrong_answers():
     questions = make_questions(num_train=150, num_test=0, steps=[2, 3], max_value=30, seed=1)
-    rates = TutorConfig(wrong_rate=0.3, corrected_wrong_rate=0.1)
+    rates = TutorConfig(wrong_rates=(0.3, 0.1))
     tutor = Tutor(questions, tutor=rates, seed=5)
     for mistake, rate in ((None, 0.3), ("5 + 5 = 11.", 0.1)):
         wrong = 0

@@ -21,7 +21,7 @@ from distill_jax.report.round_summary import (
     summarise_exam,
 )
 from distill_jax.run_folder import read_json
-from distill_jax.teacher.ledger import Totals, read_totals
+from distill_jax.teacher.audit import Totals, read_totals
 
 
 @dataclass(frozen=True, slots=True)

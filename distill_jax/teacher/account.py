@@ -1,7 +1,6 @@
 """What is asked of one endpoint, what it may cost, and what the ledger holds of it."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +9,25 @@ from urllib.parse import urlsplit
 from distill_jax.config import TUTOR, TeacherConfig
 from distill_jax.prompts import PROMPT_VERSION
 from distill_jax.records import Completion
+from distill_jax.teacher.dialect import Dialect
+from distill_jax.teacher.governor import Patience
 from distill_jax.teacher.ledger import Ledger, Stored, request_key
 from distill_jax.teacher.reply import (
     BudgetReached,
     CredentialsRefused,
     Fault,
-    QuotaExhausted,
-    no_quota,
+    Reply,
+    TeacherError,
     read_reply,
 )
+from distill_jax.teacher.secret import Secret
 
 log = logging.getLogger(__name__)
 
-_SHORTEST_SECRET = 8  # a shorter key, such as `EMPTY`, is an ordinary word and hides nothing
 _LONGEST_DETAIL = 500  # characters of what a server said that are shown
 _CHAT_OVERHEAD = 64  # tokens that a chat template may add to a prompt
+_BYTES_PER_TOKEN = 3  # few, so that the guess is high; the worst case is 1
+_PROCESSES = 3  # how often the attempts of `Patience` are granted to a prompt in all
 
 
 def endpoint(url: str) -> str:
@@ -39,123 +42,200 @@ def endpoint(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path.rstrip('/')}"
 
 
+def find_secret(config: TeacherConfig, *, free: bool) -> Secret:
+    """The key of a teacher; an empty one where none is needed.
+
+    Raises:
+      CredentialsRefused: there is none and one is needed, or it can't be read.
+    """
+    secret = Secret("" if config.url == TUTOR else config.api_key_env)
+    if not secret.value and not free:
+        name = config.api_key_env
+        raise CredentialsRefused(
+            f"the environment variable {name} is not set; it holds the key for "
+            f"{endpoint(config.url)}. {name}_FILE may name a file that does."
+        )
+    return secret
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is wanted: completions of a prompt.
+
+    Attributes:
+      prompt: The text, of one question.
+      slots: Which samples of it. A slot is asked once; another one is another sample.
+      longer: Whether they may have twice the usual number of tokens: those asked before were cut.
+    """
+
+    prompt: str
+    slots: tuple[int, ...]
+    longer: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt, made ready.
+    """A prompt made ready to be sent.
 
     Attributes:
       identity: All that decides the answer; the ledger's key is made from it.
       key: That key.
-      worst_prompt_tokens: More tokens than the prompt can have.
+      slots: The samples that are wanted.
+      max_tokens: Of each.
+      prompt_bytes: UTF-8 bytes of the prompt; a token stands for at least one.
     """
 
     identity: Mapping[str, Any]
     key: str
-    worst_prompt_tokens: int
+    slots: tuple[int, ...]
+    max_tokens: int
+    prompt_bytes: int
 
     @property
     def body(self) -> Mapping[str, Any]:
         """What is sent, without the number of samples."""
         return self.identity["body"]
 
+    def likely_tokens(self, num_samples: int) -> int:
+        """Tokens of prompt and answers together, guessed high."""
+        prompt = self.prompt_bytes // _BYTES_PER_TOKEN + _CHAT_OVERHEAD
+        return prompt + num_samples * self.max_tokens
+
 
 class Account:
-    """One endpoint with its price, budget, key and ledger. Sends nothing.
+    """One endpoint with its price, budget, key and dialect. Sends nothing.
 
     Args:
-      config: Model, sampling, samples per prompt, price and budget.
-      ledger: Where requests, answers and spending are kept.
+      config: Model, sampling, price and budget.
+      ledger: What is remembered of the endpoint.
       url: The base URL.
       free: Whether the endpoint needs neither price nor key. If it has them they are used.
-      first_slot: Of the samples asked for. Other slots are other samples of the same prompt.
 
     Raises:
       ValueError: the endpoint is not free and has no price.
-      CredentialsRefused: the endpoint is not free and the key's environment variable is not set.
+      CredentialsRefused: the endpoint is not free and there is no key.
     """
 
-    def __init__(
-        self, config: TeacherConfig, ledger: Ledger, *, url: str, free: bool, first_slot: int
-    ):
+    def __init__(self, config: TeacherConfig, ledger: Ledger, *, url: str, free: bool):
         # the tutor gets another port at every start, and its answers don't depend on it
-        is_tutor = config.url == TUTOR
-        self.endpoint = TUTOR if is_tutor else endpoint(url)
-        self.slots, self.ledger = range(first_slot, first_slot + config.samples), ledger
+        self.is_tutor = config.url == TUTOR
+        self.endpoint = TUTOR if self.is_tutor else endpoint(url)
         if config.price_usd is None and not free:
             raise ValueError(f"the price of {self.endpoint} is unknown: set teacher.price_usd.")
         self._price = config.price_usd or (0.0, 0.0)
         self._limit = config.budget_usd if any(self._price) else None
-        self.secret = "" if is_tutor else os.environ.get(config.api_key_env, "").strip()
-        if not self.secret and not free:
-            raise CredentialsRefused(
-                f"the environment variable {config.api_key_env} is not set; "
-                f"it holds the key for {self.endpoint}."
-            )
+        self.secret = find_secret(config, free=free)
+        known = ledger.dialect(self.endpoint, config.model)
+        self.dialect = Dialect() if known is None else Dialect.from_json(known)
         self._config = config
         self._served_models: set[str] = set()
 
-    def request(self, prompt: str) -> Request:
-        """The request that asks for completions of a prompt."""
+    @property
+    def draws_samples(self) -> bool:
+        """Whether two samples of a prompt should differ."""
+        return self._config.temperature > 0.0
+
+    def request(self, ask: Ask) -> Request:
+        """The request that asks for completions of a prompt, in the dialect known so far."""
+        config = self._config
+        max_tokens = config.max_tokens * (2 if ask.longer else 1)
         identity = {
             "endpoint": self.endpoint,
             "api": "chat.completions",
             "prompt_version": PROMPT_VERSION,
-            "body": {
-                "model": self._config.model,
-                "messages": [{"role": "user", "content": prompt}],
-                "temperature": self._config.temperature,
-                "top_p": self._config.top_p,
-                "max_tokens": self._config.max_tokens,
-            },
+            "body": self.dialect.body(config, ask.prompt, max_tokens=max_tokens),
         }
-        # a token stands for at least one byte
-        return Request(identity, request_key(identity), len(prompt.encode()) + _CHAT_OVERHEAD)
+        key, size = request_key(identity), len(ask.prompt.encode())
+        return Request(identity, key, ask.slots, max_tokens, size)
 
-    def reserve(self, request: Request, slots: Sequence[int]) -> int | None:
+    def learn(
+        self, ledger: Ledger, sent: Mapping[str, Any], *, num_samples: int, error: Any
+    ) -> bool:
+        """Draws what can be learned from the refusal of a body; says whether to ask again."""
+        if self.speaks_otherwise(sent, num_samples=num_samples):
+            return True  # somebody else has been refused the same
+        learned = self.dialect.learn(sent, num_samples=num_samples, error=error)
+        if learned is None:
+            return False
+        self.speak(ledger, learned)
+        log.warning(
+            "%s at %s is asked another way: %s.", self._config.model, self.endpoint, learned
+        )
+        return True
+
+    def speaks_otherwise(self, sent: Mapping[str, Any], *, num_samples: int) -> bool:
+        """Whether a body that was sent would be another one now."""
+        now = self.dialect.body(self._config, "", max_tokens=1)
+        return set(sent) - {"n"} != set(now) or (num_samples > 1 and self.dialect.one_by_one)
+
+    def speak(self, ledger: Ledger, dialect: Dialect) -> None:
+        """Uses a dialect from now on, in later runs of the same ledger too."""
+        ledger.learned(self.endpoint, self._config.model, dialect.to_json())
+        self.dialect = dialect
+
+    def reserve(
+        self, ledger: Ledger, request: Request, slots: Sequence[int], *, batch: int | None = None
+    ) -> int | None:
         """Opens an intent at the most the request can cost; None when that is not left."""
-        worst = self._usd(request.worst_prompt_tokens, len(slots) * self._config.max_tokens)
-        return self.ledger.reserve(request.identity, slots, usd=worst, limit_usd=self._limit)
+        prompt_tokens = request.prompt_bytes + _CHAT_OVERHEAD
+        worst = self._usd(prompt_tokens, len(slots) * request.max_tokens)
+        return ledger.reserve(
+            request.identity, slots, usd=worst, limit_usd=self._limit, batch=batch
+        )
 
-    def over_budget(self) -> BudgetReached:
+    def fail(self, ledger: Ledger, intent: int, end: Fault | TeacherError) -> None:
+        """Books a request that brought no answer."""
+        if isinstance(end, Fault):
+            usd, final = None if end.billed else 0.0, end.kind == "refused prompt"
+            ledger.fail(intent, end.kind, self.secret.hide_all(end.detail), usd=usd, final=final)
+        else:
+            ledger.fail(intent, type(end).__name__, self.secret.hide_all(str(end)), usd=0.0)
+
+    def told(self, error: TeacherError) -> TeacherError:
+        """The same error in words that may be shown."""
+        return type(error)(self.printable(str(error)))
+
+    def over_budget(self, ledger: Ledger) -> BudgetReached:
         """The error that says what is spent and what to do."""
         return BudgetReached(
             "the next request may cost more than is left of teacher.budget_usd: "
-            f"{self.ledger.spent_usd:.4f} of {self._limit} US dollars are spent or reserved. "
+            f"{ledger.spent_usd:.4f} of {self._limit} US dollars are spent or reserved. "
             "Raise it and run the same command again: nothing is lost."
         )
 
-    def answers(self, request: Request) -> dict[int, Completion]:
-        """What the ledger holds for a prompt, by slot; books what a killed process left unread."""
+    def answers(self, ledger: Ledger, request: Request) -> dict[int, Completion]:
+        """What the ledger holds for a request, by slot; books what a killed process left unread."""
         found: dict[int, Completion] = {}
-        for stored in self.ledger.answers(request.key):
-            if not stored.settled and self.settle(stored) is not None:
-                continue
-            reply = read_reply(stored.raw, max_tokens=self._config.max_tokens)
+        for stored in ledger.answers(request.key):
+            if not stored.settled:
+                reply = self.settle(ledger, stored, max_tokens=request.max_tokens)
+                if reply.problem:
+                    continue
+            reply = read_reply(stored.raw, max_tokens=request.max_tokens)
             for slot, completion in zip(stored.slots, reply.completions, strict=False):
                 if completion is not None:  # a reply may hold fewer or more choices than asked for
                     found.setdefault(slot, completion)
         return found
 
-    def missing(self, request: Request) -> list[int]:
+    def missing(self, ledger: Ledger, request: Request) -> list[int]:
         """The slots that have no answer yet."""
-        found = self.answers(request)
-        return [slot for slot in self.slots if slot not in found]
+        found = self.answers(ledger, request)
+        return [slot for slot in request.slots if slot not in found]
 
-    def settle(self, stored: Stored) -> Fault | None:
-        """Books a stored answer; one without any text becomes a failure.
+    def hopeless(self, ledger: Ledger, request: Request, patience: Patience) -> bool:
+        """Whether a request has failed in a way, or so often, that it is not asked again."""
+        number, final = ledger.num_failures(request.key)
+        return final or number >= _PROCESSES * patience.attempts
 
-        Raises:
-          QuotaExhausted: that is what the answer says.
-        """
-        reply = read_reply(stored.raw, max_tokens=self._config.max_tokens)
+    def settle(self, ledger: Ledger, stored: Stored, *, max_tokens: int) -> Reply:
+        """Reads a stored answer and books it; one without any text becomes a failure."""
+        reply = read_reply(stored.raw, max_tokens=max_tokens)
         usd = None if reply.tokens is None else self._usd(*reply.tokens)
         if reply.problem:
-            self.ledger.fail(stored.intent, "bad answer", reply.problem, usd=usd)
-            detail = self.printable(reply.problem)
-            if no_quota(reply.error_code):
-                raise QuotaExhausted(f"the account at {self.endpoint} has no quota left: {detail}")
-            return Fault("bad answer", detail, billed=True)
-        self.ledger.settle(
+            detail = self.secret.hide_all(reply.problem)
+            ledger.fail(stored.intent, "bad answer", detail, usd=usd)
+            return reply
+        ledger.settle(
             stored.intent,
             usd=usd,
             served_model=reply.served_model,
@@ -163,7 +243,7 @@ class Account:
             finish_reasons=reply.finish_reasons,
         )
         self._note_model(reply.served_model or self._config.model)
-        return None
+        return reply
 
     def _note_model(self, served: str) -> None:
         """Warns once for each model that answers in place of the one that was asked."""
@@ -176,12 +256,7 @@ class Account:
         prompt, completion = self._price
         return (prompt_tokens * prompt + completion_tokens * completion) / 1e6
 
-    def redact(self, text: str) -> str:
-        """Text without the key, for all that is kept."""
-        long_enough = len(self.secret) >= _SHORTEST_SECRET
-        return text.replace(self.secret, "[key]") if long_enough else text
-
     def printable(self, text: str) -> str:
-        """Text for people: without the key, of bounded length, without control characters."""
-        shown = self.redact(text)[:_LONGEST_DETAIL]
+        """Text for people: without keys, of bounded length, without control characters."""
+        shown = self.secret.hide_all(text)[:_LONGEST_DETAIL]
         return "".join(char if char.isprintable() else " " for char in shown)

@@ -1,4 +1,4 @@
-"""Asks a teacher over HTTP: one request and its faults, then many at once.
+"""Asks a teacher over HTTP for what its ledger doesn't hold yet.
 
 Whatever speaks the OpenAI chat protocol is a teacher. Every answer is in the ledger before it is
 read, and what the ledger holds is never asked again.
@@ -7,41 +7,41 @@ read, and what the ledger holds is never asked again.
 import asyncio
 import contextlib
 import logging
-import time
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from random import Random
 
-import openai
-
-from distill_jax.config import TeacherConfig
+from distill_jax.config import TUTOR, TeacherConfig
 from distill_jax.records import Completion
-from distill_jax.teacher.account import Account, Request
-from distill_jax.teacher.governor import PATIENCE, Patience, Tries
-from distill_jax.teacher.ledger import Ledger, Stored
-from distill_jax.teacher.reply import Fault, TeacherError, TeacherUnavailable, diagnose
+from distill_jax.teacher.account import Account, Ask
+from distill_jax.teacher.asking import Asking, Desk
+from distill_jax.teacher.batching import Batching
+from distill_jax.teacher.clerk import Clerk, pour
+from distill_jax.teacher.governor import PATIENCE, Governor, Patience
+from distill_jax.teacher.ledger import Ledger
+from distill_jax.teacher.reply import Interrupted
+from distill_jax.teacher.transport import connect
 
 log = logging.getLogger(__name__)
 
 Advance = Callable[[int, str], None]
 
-_NO_KEY = "EMPTY"  # sent to servers that need none
-_CONNECT_S = 10.0
+_MISSING = Completion("", "error", 0)
 
 
 class TeacherClient:
     """A teacher at an address; asks only for what its ledger doesn't hold.
 
     Args:
-      config: Model, sampling, samples per prompt, concurrency, price and budget.
+      config: Model, sampling, limits, price and budget.
       ledger: Where requests, answers and spending are kept.
       url: The base URL, such as `"https://api.openai.com/v1"`; for the tutor, where it listens.
       free: Whether the endpoint needs neither price nor key. If it has them they are used.
-      first_slot: Of the samples asked for; another one asks the same prompt for other samples.
       patience: How long a prompt is tried.
 
     Raises:
-      ValueError: the endpoint is not free and has no price.
-      CredentialsRefused: the endpoint is not free and the key's environment variable is not set.
+      ValueError: the endpoint is not free and has no price, or is the tutor and has no Batch API.
+      CredentialsRefused: the endpoint is not free and there is no key.
     """
 
     def __init__(
@@ -51,198 +51,145 @@ class TeacherClient:
         *,
         url: str,
         free: bool,
-        first_slot: int = 0,
         patience: Patience = PATIENCE,
     ):
-        self._account = Account(config, ledger, url=url, free=free, first_slot=first_slot)
-        self._concurrency, self._patience = config.concurrency, patience
+        if config.mode == "batch" and config.url == TUTOR:
+            raise ValueError("the tutor has no Batch API: set teacher.mode=chat.")
+        self._account = Account(config, ledger, url=url, free=free)
+        self._config, self._ledger, self._patience = config, ledger, patience
         self._url, self._free = url, free
 
     def complete(
-        self, prompts: Sequence[str], *, advance: Advance = lambda *_: None
+        self, asks: Sequence[Ask], *, advance: Advance = lambda *_: None
     ) -> list[tuple[Completion, ...]]:
-        """Completes each prompt `config.samples` times.
+        """Completes prompts, each as often as it has slots.
+
+        Stops early on an interrupt (Ctrl-C, or a polite kill): the first lets what is in flight
+        come home, the second stops at once.
 
         Args:
-          prompts: P prompts. Equal ones are asked once and share their answers.
-          advance: Told how many more prompts are done, and what has been spent.
+          asks: P prompts with their slots. Equal ones are asked once and share their answers.
+          advance: Told how many more are done, and what has been spent.
 
         Returns:
-          P tuples of exactly `config.samples` completions, in order. An answer that never came is
-          an empty completion with finish reason `error`.
+          P tuples of completions, one per slot in order. An answer that never came is an empty
+          completion with finish reason `error`.
 
         Raises:
-          TeacherError: the budget, the quota, the key or the server ended it; the class says
-            which. Requests in flight have been awaited; their answers, like all before, are in
-            the ledger, and the same call goes on from there.
+          TeacherError: the budget, the quota, the key, the server or the user ended it; the class
+            says which. Requests in flight have been awaited; their answers, like all before, are
+            in the ledger, and the same call goes on from there.
+          OSError: the disk is full. The same holds.
+          ValueError: a prompt needs more tokens than `teacher.per_minute` lets through.
         """
-        account = self._account
-        requests = [account.request(prompt) for prompt in prompts]
-        different = {request.key: request for request in requests}.values()
-        todo = [request for request in different if account.missing(request)]
-        advance(len(requests) - len(todo), _spent(account))
+        pour(self._ledger)
+        found = {ask: self._recall(ask) for ask in asks}
+        todo = [ask for ask, answers in found.items() if self._is_open(ask, answers)]
+        spending = _Spending(self._ledger, len(todo))
+        advance(len(asks) - len(todo), spending.told(0))
         if todo:
-            asyncio.run(self._ask(todo, advance))
-        failed = Completion("", "error", 0)
-        answers = [account.answers(request) for request in requests]
-        return [tuple(found.get(slot, failed) for slot in account.slots) for found in answers]
-
-    async def _ask(self, requests: Sequence[Request], advance: Advance) -> None:
-        timeout = openai.Timeout(self._patience.request_s, connect=_CONNECT_S)
-        async with openai.AsyncOpenAI(
-            base_url=self._url,
-            api_key=self._account.secret or _NO_KEY,
-            max_retries=0,  # there is one owner of retries, and it is `_Asking`
-            timeout=timeout,
-            # a proxy for the outside world can't reach a server on this machine
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not self._free, timeout=timeout),
-        ) as transport:
-            asking = _Asking(self._account, transport, self._patience)
-            await asking.ask(requests, concurrency=self._concurrency, advance=advance)
-
-
-class _Asking:
-    """One call of `complete`: what its workers share."""
-
-    def __init__(self, account: Account, transport: openai.AsyncOpenAI, patience: Patience):
-        self._account, self._transport, self._patience = account, transport, patience
-        self._random = Random()
-        self._error: TeacherError | None = None
-        self._stopping = asyncio.Event()
-        self._in_flight = 0
-        self._landed = asyncio.Event()  # something in flight came to its end
-        self._quiet_until = 0.0  # monotonic seconds: the server asked everyone to wait
-        self._failed_in_a_row = 0
-
-    async def ask(self, requests: Sequence[Request], *, concurrency: int, advance: Advance) -> None:
-        """Finishes all requests, or raises what stopped it once nothing is in flight any more."""
-        queue = iter(requests)
-        workers = min(concurrency, len(requests))
-        await asyncio.gather(*(self._work(queue, advance) for _ in range(workers)))
-        if self._error is not None:
-            raise self._error
-
-    async def _work(self, queue: Iterator[Request], advance: Advance) -> None:
-        for request in queue:
+            self._check_rate(todo)
             try:
-                await self._finish(request)
-            except TeacherError as error:
-                self._error = self._error or error
-                self._stopping.set()
-            if self._stopping.is_set():
-                return
-            advance(1, _spent(self._account))
+                asyncio.run(self._ask(todo, advance, spending))
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None  # the second interrupt
+            found.update((ask, self._recall(ask)) for ask in todo)
+        return [found[ask] for ask in asks]
 
-    async def _finish(self, request: Request) -> None:
-        """Asks until every slot is answered or patience runs out."""
-        patience, tries, attempts = self._patience, Tries(), 0
-        deadline = time.monotonic() + patience.total_s
-        while (missing := self._account.missing(request)) and not self._stopping.is_set():
-            await self._sleep(self._quiet_until - time.monotonic())
-            # once some are answered the rest are asked one by one: the server may ignore `n`
-            slots = missing if len(missing) == len(self._account.slots) else missing[:1]
-            attempts += 1
-            fault = await self._attempt(request, slots, attempts=attempts)
-            if fault is None:
-                self._failed_in_a_row = 0
-                continue
-            wait = tries.next_wait(fault, patience, self._random)
-            if wait is None or time.monotonic() + wait > deadline:
-                self._give_up(fault, attempts)
-                return
-            if fault.kind == "rate limit":
-                self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
-            await self._sleep(wait)
+    def recall(self, asks: Sequence[Ask]) -> list[tuple[Completion, ...]]:
+        """What the ledger holds, as `complete` returns it; asks nothing and costs nothing."""
+        return [self._recall(ask) for ask in asks]
 
-    async def _attempt(
-        self, request: Request, slots: Sequence[int], *, attempts: int
-    ) -> Fault | None:
-        """Sends one request and books its end; returns the fault if that is what came back.
+    def _recall(self, ask: Ask) -> tuple[Completion, ...]:
+        answers = self._account.answers(self._ledger, self._account.request(ask))
+        return tuple(answers.get(slot, _MISSING) for slot in ask.slots)
 
-        Raises:
-          TeacherError: nothing more must be sent. If this one was sent, it has been booked.
-        """
-        intent = await self._reserve(request, slots)
-        if intent is None:
-            return None
-        account, started = self._account, time.monotonic()
-        self._in_flight += 1
-        try:
-            # unlike the transport's own limit this one ends an answer that comes drop by drop
-            async with asyncio.timeout(self._patience.request_s):
-                raw = await self._send(request, num_samples=len(slots))
-        except (openai.APIConnectionError, openai.APIStatusError, TimeoutError) as error:
-            end = diagnose(error)
-            if isinstance(end, Fault):
-                usd = None if end.billed else 0.0
-                account.ledger.fail(intent, end.kind, account.redact(end.detail), usd=usd)
-                return end
-            message = account.printable(str(end))
-            account.ledger.fail(intent, type(end).__name__, message, usd=0.0)
-            raise type(end)(message) from None
-        finally:
-            self._in_flight -= 1
-            self._landed.set()
-        latency_s = time.monotonic() - started
-        account.ledger.store(intent, raw, attempts=attempts, latency_s=latency_s)
-        return account.settle(Stored(intent, tuple(slots), raw, settled=False))
+    def _is_open(self, ask: Ask, answers: Sequence[Completion]) -> bool:
+        if _MISSING not in answers:
+            return False
+        request = self._account.request(ask)
+        return not self._account.hopeless(self._ledger, request, self._patience)
 
-    async def _send(self, request: Request, *, num_samples: int) -> str:
-        """The body of the answer, unread but for the key, should the server have echoed it."""
-        several = num_samples if num_samples > 1 else openai.omit  # some servers don't know `n`
-        response = await self._transport.chat.completions.with_raw_response.create(
-            **request.body, n=several
+    def _check_rate(self, asks: Sequence[Ask]) -> None:
+        """Refuses what would wait for ever."""
+        most = self._config.per_minute[1]
+        for ask in asks if most else ():
+            tokens = self._account.request(ask).likely_tokens(len(ask.slots))
+            if tokens > most:
+                raise ValueError(
+                    f"a prompt with its {len(ask.slots)} answers may take {tokens} tokens, and "
+                    f"teacher.per_minute lets {most} through; raise it, or lower "
+                    "teacher.max_tokens or teacher.samples."
+                )
+
+    async def _ask(self, asks: Sequence[Ask], advance: Advance, spending: "_Spending") -> None:
+        config, patience, account = self._config, self._patience, self._account
+        with Clerk(self._ledger.path) as clerk:
+            async with connect(self._url, account.secret, patience, local=self._free) as transport:
+                desk = Desk(account, self._ledger, clerk, transport, patience)
+
+                def finished() -> None:
+                    advance(1, spending.told(1))
+
+                if config.mode == "batch":
+                    batching = Batching(desk, finished, lambda detail: advance(0, detail))
+                    with _interruptible(batching):
+                        await batching.ask(asks)
+                    return
+                governor = Governor(
+                    concurrency=config.concurrency, per_minute=config.per_minute, patience=patience
+                )
+                asking = Asking(desk, governor, finished)
+                with _interruptible(asking):
+                    await asking.ask(asks, workers=config.concurrency)
+
+
+class _Spending:
+    """What has been spent, and what this call will have been at its end."""
+
+    def __init__(self, ledger: Ledger, num_asks: int):
+        self._ledger, self._num_asks, self._done = ledger, num_asks, 0
+        self._before = ledger.spent_usd
+
+    def told(self, done: int) -> str:
+        """A few words, once so many more prompts are done; nothing where nothing costs."""
+        self._done += done
+        spent = self._ledger.spent_usd
+        if not spent:
+            return ""
+        if not self._done:
+            return f"${spent:.2f} spent"
+        end = self._before + (spent - self._before) * self._num_asks / self._done
+        return f"${spent:.2f} of about ${end:.2f} spent"
+
+
+@contextlib.contextmanager
+def _interruptible(asking: Asking | Batching) -> Iterator[None]:
+    """Lets a first interrupt stop the asking gently, and a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread, which must look after them
+        return
+    loop, task, times = asyncio.get_running_loop(), asyncio.current_task(), 0
+    assert task is not None
+
+    def interrupt() -> None:
+        nonlocal times
+        times += 1
+        if times > 1:
+            task.cancel()
+            return
+        asking.stop(Interrupted("interrupted; the same command goes on from here."))
+        log.warning(
+            "stopping: %d requests are on their way; what they bring is kept. "
+            "Interrupt again to stop at once.",
+            asking.num_in_flight,
         )
-        return self._account.redact(response.content.decode(errors="replace"))
 
-    async def _reserve(self, request: Request, slots: Sequence[int]) -> int | None:
-        """An intent within the budget; waits while requests in flight may turn out cheaper.
-
-        Returns:
-          The intent; None if everything stopped meanwhile.
-
-        Raises:
-          BudgetReached: nothing is in flight any more and the request still doesn't fit.
-        """
-        while not self._stopping.is_set():
-            intent = self._account.reserve(request, slots)
-            if intent is not None:
-                return intent
-            if not self._in_flight:
-                raise self._account.over_budget()
-            self._landed.clear()
-            await self._landed.wait()
-        return None
-
-    def _give_up(self, fault: Fault, attempts: int) -> None:
-        """Leaves a prompt unanswered.
-
-        Raises:
-          TeacherUnavailable: it would not fare better with the next prompt.
-        """
-        detail = self._account.printable(fault.detail)
-        if fault.kind == "rate limit" and fault.retry_after_s is not None:
-            raise TeacherUnavailable(
-                f"the teacher at {self._account.endpoint} asks to wait {fault.retry_after_s:.0f} "
-                f"seconds; run the same command again then. {detail}"
-            )
-        log.warning("no answer after %d requests: %s: %s", attempts, fault.kind, detail)
-        if fault.kind == "refused prompt":
-            return  # says nothing about the server
-        self._failed_in_a_row += 1
-        if self._failed_in_a_row >= self._patience.failed_prompts:
-            raise TeacherUnavailable(
-                f"the teacher at {self._account.endpoint} left {self._failed_in_a_row} prompts in "
-                f"a row unanswered; run the same command again when it is back. {detail}"
-            )
-
-    async def _sleep(self, seconds: float) -> None:
-        """Sleeps, unless everything stops."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
-
-
-def _spent(account: Account) -> str:
-    spent = account.ledger.spent_usd
-    return f"${spent:.2f} spent" if spent else ""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

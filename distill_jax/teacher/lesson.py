@@ -1,14 +1,25 @@
 """Mistakes and a teacher in, rationales to train on and counts of the rest out."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from distill_jax.answers import read_answer, same_answer
 from distill_jax.prompts import clean_rationale
 from distill_jax.records import Completion, Lesson, Question, Rationale, Verdict
+from distill_jax.teacher.account import Ask
 
-Complete = Callable[[Sequence[str]], Sequence[Sequence[Completion]]]
+Complete = Callable[[Sequence[Ask]], Sequence[Sequence[Completion]]]
 Prompt = Callable[[Question, str | None], str]
+
+_LONG_ENOUGH = 8  # words of a mistake, before repeating them is no accident
+_TOLD = re.compile(  # the hint is spoken of: whoever reads this can't learn to do without it
+    r"(?i)\bhints?\b|\b(?:given|provided|stated|known|expected|told)\b.{0,20}\banswer\b"
+    r"|\banswer\b.{0,20}\b(?:is|was|as) (?:given|provided|stated|known|expected|told)\b"
+    r"|\bfinal answer should be\b|\bgold answer\b"
+)
+_ANSWER_FIRST = re.compile(r"(?i)\W*(?:so,? )?the (?:final |correct )?answer (?:is|must be)\b")
 
 
 def ask_teacher(
@@ -19,26 +30,33 @@ def ask_teacher(
     prompt: Prompt,
     round_index: int,
     samples: int,
+    extra_tries: int = 0,
 ) -> Lesson:
     """Asks the teacher about each question once and marks every answer.
 
     An answer is kept when it came whole, its final answer can be read and agrees with the gold
-    answer, and its reasoning is neither empty nor that of one already kept for the question. Any
-    other is a row too, with the verdict that says why: nothing is repaired or dropped.
+    answer, and its reasoning is not empty, not that of one already kept for the question, does not
+    speak of the hint, begin with the answer or quote the student. Any other is a row too, with the
+    verdict that says why: nothing is repaired or dropped.
+
+    An answer that was cut, or seems so because it ends without an answer, is asked for once more
+    with twice the tokens, and the new one takes its place.
 
     Args:
       questions: Q questions to ask about, all of the train split, in any order.
       mistakes: The student's wrong completion for those questions that have one, by id; empty in
         the first round.
-      complete: Maps P prompts to P times S completions, in order. Holds the model, retries, the
-        ledger and the budget, so this function has none of those knobs.
+      complete: Maps P asks to P times as many completions as each has slots, in order. Holds the
+        model, retries, the ledger and the budget, so this function has none of those knobs.
       prompt: Makes the prompt from a question and its mistake; None asks without one.
-      round_index: Copied into every row.
+      round_index: Copied into every row, and decides which slots of a prompt are asked: one that
+        an earlier round asked already is asked for new samples.
       samples: S, completions per question.
+      extra_tries: How often a question of which nothing was kept is asked for S more.
 
     Returns:
-      Q * S rows, ordered by question as given and then by sample:
-      `num_asked == len(kept) + sum(rejected.values()) == Q * S`, always.
+      S rows for each time a question was asked, ordered by question as given and then by sample:
+      `num_asked == len(kept) + sum(rejected.values())`, always.
 
     Raises:
       ValueError: a question is not of the train split or occurs twice, or a mistake's question is
@@ -53,26 +71,27 @@ def ask_teacher(
     Example:
       >>> q = Question("gsm8k/train/7", "3 + 4?", "7", "train", "numeric")
       >>> says = ["3 + 4 = 7.\\nAnswer: 7", "It is 8.\\nAnswer: 8"]
-      >>> complete = lambda prompts: [[Completion(text, "stop", 9) for text in says]]
+      >>> complete = lambda asks: [[Completion(text, "stop", 9) for text in says]]
       >>> lesson = ask_teacher([q], {}, complete, prompt=lambda question, mistake: question.text,
       ...                      round_index=1, samples=2)
       >>> [row.text for row in lesson.kept], lesson.rejected
       (['3 + 4 = 7.'], {'wrong': 1})
     """
     _check(questions, mistakes)
-    prompts = [prompt(question, mistakes.get(question.id)) for question in questions]
-    answers = complete(prompts)
-    assert [len(row) for row in answers] == [samples] * len(questions), "S completions per prompt"
-    rows: list[Rationale] = []
-    for question, completions in zip(questions, answers, strict=True):
-        kept: set[str] = set()
-        for index, completion in enumerate(completions):
-            text = clean_rationale(completion.text)
-            verdict, answer = _mark(question, completion, text, kept)
-            if verdict == "kept":
-                kept.add(text)
-            rows.append(Rationale(question.id, round_index, index, text, answer, verdict))
-    return Lesson(tuple(rows))
+    first = (round_index - 1) * samples * (1 + extra_tries)
+    answers: dict[str, list[Completion]] = {question.id: [] for question in questions}
+    rows: dict[str, list[Rationale]] = {}
+    for extra in range(1 + extra_tries):
+        asked = [q for q in questions if all(row.verdict != "kept" for row in rows.get(q.id, ()))]
+        start = first + extra * samples
+        slots = tuple(range(start, start + samples))
+        asks = [Ask(prompt(question, mistakes.get(question.id)), slots) for question in asked]
+        for question, completions in zip(asked, _ask(asked, asks, complete), strict=True):
+            answers[question.id] += completions
+            rows[question.id] = _mark_all(
+                question, answers[question.id], mistakes.get(question.id, ""), round_index
+            )
+    return Lesson(tuple(row for question in questions for row in rows[question.id]))
 
 
 def _check(questions: Sequence[Question], mistakes: Mapping[str, str]) -> None:
@@ -91,10 +110,58 @@ def _check(questions: Sequence[Question], mistakes: Mapping[str, str]) -> None:
         raise ValueError(f"each mistake needs its question; {unknown[0]} is not among them.")
 
 
-def _mark(
-    question: Question, completion: Completion, text: str, kept: set[str]
-) -> tuple[Verdict, str | None]:
-    """The verdict on one answer, and the answer as read; None where it did not come whole."""
+def _ask(
+    questions: Sequence[Question], asks: Sequence[Ask], complete: Complete
+) -> list[list[Completion]]:
+    """The completions, those that were cut asked for once more with a larger limit."""
+    answers = [list(completions) for completions in complete(asks)]
+    assert [len(row) for row in answers] == [len(ask.slots) for ask in asks], "one per slot"
+    again: dict[int, list[int]] = {}
+    for place, (question, completions) in enumerate(zip(questions, answers, strict=True)):
+        cut = [i for i, completion in enumerate(completions) if _seems_cut(question, completion)]
+        if cut:
+            again[place] = cut
+    longer = [
+        replace(asks[place], slots=tuple(asks[place].slots[i] for i in cut), longer=True)
+        for place, cut in again.items()
+    ]
+    for (place, cut), completions in zip(
+        again.items(), complete(longer) if longer else (), strict=True
+    ):
+        for index, completion in zip(cut, completions, strict=True):
+            if completion.finish_reason != "error":
+                answers[place][index] = completion
+    return answers
+
+
+def _seems_cut(question: Question, completion: Completion) -> bool:
+    """Whether the token limit ended an answer; some servers don't say so."""
+    if completion.finish_reason != "stop":
+        return completion.finish_reason == "length"
+    return read_answer(completion.text, question.kind, paragraphs=True) is None
+
+
+def _mark_all(
+    question: Question, completions: Sequence[Completion], mistake: str, round_index: int
+) -> list[Rationale]:
+    rows: list[Rationale] = []
+    kept: set[str] = set()
+    for index, completion in enumerate(completions):
+        text = clean_rationale(completion.text)
+        verdict, answer = _mark(question, completion, text)
+        if verdict == "kept":
+            if _essence(text) in kept:
+                verdict = "duplicate"
+            elif leaks(text, question, mistake):
+                verdict = "leak"
+            else:
+                kept.add(_essence(text))
+        rows.append(Rationale(question.id, round_index, index, text, answer, verdict))
+    return rows
+
+
+def _mark(question: Question, completion: Completion, text: str) -> tuple[Verdict, str | None]:
+    """The verdict on one answer by itself, and the answer as read; None where it was cut."""
     if completion.finish_reason == "length":
         return "cut", None
     if completion.finish_reason != "stop":
@@ -104,6 +171,39 @@ def _mark(
         return "unreadable", None
     if not same_answer(answer, question.answer, question.kind):
         return "wrong", answer
-    if not text:
-        return "unreadable", answer  # an answer, but no reasoning that could be trained on
-    return ("duplicate" if text in kept else "kept"), answer
+    # an answer, but no reasoning that could be trained on
+    return ("kept" if text else "unreadable"), answer
+
+
+def leaks(text: str, question: Question, mistake: str) -> bool:
+    """Whether a right rationale gives away that its writer knew the answer or saw the mistake.
+
+    It speaks of the hint, begins with the answer, or quotes the mistake in full. A rationale that
+    begins with the student's words and goes on is none of these: they were right as far as they
+    went.
+
+    Args:
+      text: The rationale, as `clean_rationale` returns it.
+      question: Where the hint may also be part of the question: then it is free to speak of it.
+      mistake: The student's completion, or `""`.
+
+    Example:
+      >>> tom = Question("t/1", "Tom has 2 eggs. He finds 3. How many?", "5", "train", "numeric")
+      >>> leaks("As the hint says, it is 5.", tom, ""), leaks("2 + 3 = 5.", tom, "")
+      (True, False)
+    """
+    asked = _essence(question.text)
+    if any(_essence(told[0]) not in asked for told in _TOLD.finditer(text)):
+        return True
+    answer = f"({question.answer})" if question.kind == "choice" else question.answer
+    if _ANSWER_FIRST.match(text) or re.match(
+        rf"\W*{re.escape(answer)}\s*(?:[.,:;!]|$)", text, re.I
+    ):
+        return True
+    words = _essence(clean_rationale(mistake))
+    return len(words.split()) >= _LONG_ENOUGH and words in _essence(text)[1:]
+
+
+def _essence(text: str) -> str:
+    """The words of a text: two rationales that differ in nothing else teach the same."""
+    return " ".join(re.sub(r"[^\w\s+*/=<>%.-]|[.](?!\d)", " ", text.casefold()).split())

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import openai
@@ -22,7 +22,21 @@ FaultKind = Literal[
 _CUT = {"length", "max_tokens"}
 _FILTERED = {"content_filter"}
 _NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached"}
+_STATUS_OF = {  # what an error inside a body that came with status 200 would have come with
+    "rate_limit_exceeded": 429,
+    "rate_limit_error": 429,
+    "overloaded_error": 529,
+    "overloaded": 529,
+    "server_error": 500,
+    "internal_server_error": 500,
+    "api_error": 500,
+    "invalid_api_key": 401,
+    "authentication_error": 401,
+    "permission_error": 403,
+    "model_not_found": 404,
+}
 _THIS_PROMPT_ONLY = {"context_length_exceeded", "content_filter", "content_policy_violation"}
+_REASONING = ("reasoning_content", "reasoning")
 _NEVER_REACHED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}  # of the HTTP library below
 _SECONDS_PER_YEAR = 365 * 24 * 3600
 
@@ -63,6 +77,12 @@ class TeacherUnavailable(TeacherError):
     exit_code = 14
 
 
+class Interrupted(TeacherError):
+    """Somebody asked to stop; what was in flight has been awaited."""
+
+    exit_code = 14
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What a request brought instead of an answer, where the run goes on.
@@ -87,7 +107,7 @@ class Reply:
     Attributes:
       completions: One per choice, in order; None where the choice holds no text.
       problem: Why there is no usable choice at all, or `""`.
-      error_code: The code of an error inside the body, or `""`.
+      error: The error inside the body, or None.
       served_model: The model that answered, as it calls itself.
       usage: The usage as sent.
       tokens: Prompt and completion tokens of the whole reply, or None if it doesn't say.
@@ -96,7 +116,7 @@ class Reply:
 
     completions: tuple[Completion | None, ...] = ()
     problem: str = ""
-    error_code: str = ""
+    error: Any = None
     served_model: str | None = None
     usage: Mapping[str, Any] | None = None
     tokens: tuple[int, int] | None = None
@@ -107,7 +127,9 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
     """Reads a body that came with status 200, which may be anything at all.
 
     The completion tokens, known only in sum, are spread evenly over the choices; where they are
-    unknown a choice counts its bytes, at most `max_tokens`.
+    unknown a choice counts its bytes, at most `max_tokens`. When all choices together have as many
+    tokens as were allowed, each was cut, whatever the server says. A choice that refuses counts as
+    filtered: asking again would pay again.
 
     Example:
       >>> body = '{"choices": [{"message": {"content": "Four."}, "finish_reason": "stop"}]}'
@@ -127,12 +149,13 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
     usage = usage if isinstance(usage, dict) else None
     tokens = _tokens(usage or {})
     each = None if tokens is None or not choices else tokens[1] // len(choices)
-    completions = tuple(_completion(choice, each, max_tokens) for choice in choices)
+    full = tokens is not None and 0 < max_tokens * len(choices) <= tokens[1]
+    completions = tuple(_completion(choice, each, max_tokens, full=full) for choice in choices)
     problem = "" if any(completions) else f"no choice holds a text: {raw}"
     return Reply(
         completions=completions,
         problem=f"an error with status 200: {raw}" if error else problem,
-        error_code=_code(error),
+        error=error,
         served_model=body["model"] if isinstance(body.get("model"), str) else None,
         usage=usage,
         tokens=tokens,
@@ -140,19 +163,38 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
     )
 
 
-def _completion(choice: Any, num_tokens: int | None, max_tokens: int) -> Completion | None:
+def _completion(
+    choice: Any, num_tokens: int | None, max_tokens: int, *, full: bool
+) -> Completion | None:
     message = choice.get("message") if isinstance(choice, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
+    message = message if isinstance(message, dict) else {}
+    content = message.get("content")
     text = content if isinstance(content, str) else ""
     sent = _finish(choice)
-    reason: FinishReason = (
-        "length" if sent in _CUT else "content_filter" if sent in _FILTERED else "stop"
-    )
+    reason: FinishReason = "length" if sent in _CUT or full else "stop"
+    if sent in _FILTERED or (not text.strip() and message.get("refusal")):
+        reason = "content_filter"
     if not text.strip() and reason == "stop":
         return None  # a cut or filtered answer may be empty, and asking again would pay again
     if num_tokens is None:
         num_tokens = min(max_tokens, len(text.encode(errors="replace")))
     return Completion(text, reason, num_tokens)
+
+
+def read_reasoning(raw: str) -> list[str]:
+    """The reasoning that some servers send beside the text, one per choice that has any.
+
+    Example:
+      >>> read_reasoning('{"choices": [{"message": {"content": "4", "reasoning": "2 + 2"}}]}')
+      ['2 + 2']
+    """
+    try:
+        choices = json.loads(raw)["choices"]
+        messages = [choice["message"] for choice in choices]
+    except (ValueError, KeyError, TypeError):
+        return []
+    found = (m.get(name) for m in messages if isinstance(m, dict) for name in _REASONING)
+    return [text for text in found if isinstance(text, str) and text]
 
 
 def _finish(choice: Any) -> str | None:
@@ -174,11 +216,6 @@ def _code(error: Any) -> str:
     return str(error.get("code") or error.get("type") or "")
 
 
-def no_quota(code: str) -> bool:
-    """Whether an error code says that the account has nothing left."""
-    return code in _NO_QUOTA
-
-
 def diagnose(
     error: openai.APIConnectionError | openai.APIStatusError | TimeoutError,
 ) -> Fault | TeacherError:
@@ -187,7 +224,7 @@ def diagnose(
     Only errors that a provider answers before any work count as surely not billed.
     """
     if isinstance(error, openai.APIStatusError):
-        return _diagnose_status(error)
+        return diagnose_status(error.status_code, error.body, error.response.headers, error.message)
     cause = type(error.__cause__).__name__
     billed = cause not in _NEVER_REACHED
     if isinstance(error, TimeoutError | openai.APITimeoutError):
@@ -195,17 +232,34 @@ def diagnose(
     return Fault("connection", f"{cause}: {error.__cause__}", billed)
 
 
-def _diagnose_status(error: openai.APIStatusError) -> Fault | TeacherError:
-    status, code = error.status_code, _code(error.body)
-    detail = f"HTTP {status}: {error.message}"
-    if status == 402 or no_quota(code):
+def diagnose_reply(reply: Reply) -> Fault | TeacherError | None:
+    """The same for a body that came with status 200; None if it holds an answer.
+
+    An error in it is taken at its word, but it may have been billed.
+    """
+    if not reply.problem:
+        return None
+    code = _code(reply.error)
+    status = int(code) if code.isdecimal() else _STATUS_OF.get(code, 0)
+    if status or code in _NO_QUOTA | _THIS_PROMPT_ONLY:
+        end = diagnose_status(status, reply.error, {}, reply.problem)
+        return replace(end, billed=True) if isinstance(end, Fault) else end
+    return Fault("bad answer", reply.problem, billed=True)
+
+
+def diagnose_status(
+    status: int, error: Any, headers: Mapping[str, str], message: str
+) -> Fault | TeacherError:
+    """What an HTTP status means, with the error object that came along."""
+    code, detail = _code(error), f"HTTP {status}: {message}"
+    if status == 402 or code in _NO_QUOTA:
         return QuotaExhausted(f"the account has no quota left. {detail}")
     if status in (401, 403):
         return CredentialsRefused(f"the key was refused. {detail}")
     if status == 413 or code in _THIS_PROMPT_ONLY:
         return Fault("refused prompt", detail, billed=False)
     if status in (408, 409, 429) or status >= 500:
-        wait = retry_after(error.response.headers, now=time.time())
+        wait = retry_after(headers, now=time.time())
         # behind a gateway that gave up the work may have been done all the same
         kind = "rate limit" if status == 429 else "server error"
         return Fault(kind, detail, billed=status == 504, retry_after_s=wait)

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from distill_jax.config import TUTOR, TutorConfig
-from distill_jax.prompts import feedback_prompt
+from distill_jax.prompts import feedback_prompt, unfenced
 from distill_jax.records import Question
 from distill_jax.teacher.explanation import NUM_WORDINGS, explain
 
@@ -73,19 +73,19 @@ class Tutor:
 
         Example:
           >>> tom = Question("t/1", "How many?", "8", "train", "numeric", solution="5 + 3 = 8.")
-          >>> tutor = Tutor([tom], tutor=TutorConfig(wrong_rate=0.0), seed=0)
+          >>> tutor = Tutor([tom], tutor=TutorConfig(wrong_rates=(0.0, 0.0)), seed=0)
           >>> asked = "Question: Who?\\nReasoning: I.\\n\\nQuestion: How many?\\nReasoning:"
           >>> tutor.answer(asked, samples=2)
           ['5 + 3 = 8.\\nAnswer: 8', 'First, 5 + 3 = 8. So, the answer is 8.\\nAnswer: 8']
         """
+        prompt = unfenced(prompt)
         block = _BLOCK.split(prompt)[-1]
         question = self._questions.get(_head(block))
         if question is None:
             return None
         found = _MISTAKE.search(block)
         mistake = found[1].strip() if found else None
-        rates = self._rates
-        rate = rates.wrong_rate if mistake is None else rates.corrected_wrong_rate
+        rate = self._rates.wrong_rates[mistake is not None]
         identity = f"tutor {self._seed} {prompt}"
         return [
             explain(
