@@ -1,5 +1,7 @@
 """The seating of an exam, with numpy in the device's place."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -67,8 +69,8 @@ class Device:
             who, written = 100 * name[0] + name[1], -(-rows.fed[slot] // PAGE)
             assert (self.own[desk, own[:written]] == who).all()
             self.own[desk, own] = who
-        tokens = rng.integers(0, 9, (len(count), CALL))
-        return Chosen(tokens, count, np.zeros(len(count), bool))
+        arrays: Any = (rng.integers(0, 9, (len(count), CALL)), count, np.zeros(len(count), bool))
+        return Chosen(*arrays)
 
 
 @pytest.mark.parametrize("seed", range(12))
