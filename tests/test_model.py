@@ -194,9 +194,9 @@ def test_token_by_token_equals_the_whole(name):
         real = mask[:, 0]
         np.testing.assert_allclose(hidden[real, 0], expected[real, t], atol=TOLERANCE)
         past = past._replace(
-            keys=past.keys.at[:, :, :, t].set(own.keys[:, :, :, 0]),
-            values=past.values.at[:, :, :, t].set(own.values[:, :, :, 0]),
-            mask=past.mask.at[:, t].set(real),
+            keys=jnp.asarray(past.keys).at[:, :, :, t].set(own.keys[:, :, :, 0]),
+            values=jnp.asarray(past.values).at[:, :, :, t].set(own.values[:, :, :, 0]),
+            mask=jnp.asarray(past.mask).at[:, t].set(real),
         )
     seen = np.asarray(rows[2])
     for name in ("keys", "values"):
