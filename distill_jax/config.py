@@ -61,8 +61,7 @@ class StudentConfig(Section):
 class ScratchConfig(Section):
     """A tiny student trained from nothing on generated arithmetic text; our own."""
 
-    width: Count = 160
-    layers: Count = 3
+    size: tuple[Count, Count] = (160, 3)  # width, layers
     steps: Count = 800
 
 
@@ -73,8 +72,7 @@ class ExamConfig(Section):
     temperature: Positive = 1.0
     top_k: CountOrAll = 50  # 0 keeps the whole vocabulary
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    max_new_tokens: Count = 128  # of a sample
-    greedy_max_new_tokens: Count = 256  # of the greedy answer, the one that counts
+    max_new_tokens: tuple[Count, Count] = (256, 128)  # of the greedy answer, of a sample
     slots: CountOrAll = 0  # answers written at the same time, over all devices; 0: what fits
 
 

@@ -98,7 +98,7 @@ class Generate:
             keys = _keys(*seeds, ids[prompt.index], 1 + samples)
             for place, key in enumerate(keys):
                 greedy = place == GREEDY
-                limit = self.exam.greedy_max_new_tokens if greedy else self.exam.max_new_tokens
+                limit = self.exam.max_new_tokens[0 if greedy else 1]
                 prompt.rows.append(Row(prompt, place, min(limit, room), key))
         return asked, encoded[fit[0]][:common] if fit else []
 

@@ -102,7 +102,7 @@ def plan_teacher(config: Config) -> TeacherPlan:
 def _prompt_bytes(config: Config, questions: Sequence[Question]) -> tuple[int, int]:
     """Bytes of all prompts of the first round, and of a later one that asks about everything."""
     prompt = make_prompt(config)
-    words = "x" * (config.exam.greedy_max_new_tokens * _BYTES_PER_STUDENT_TOKEN)
+    words = "x" * (config.exam.max_new_tokens[0] * _BYTES_PER_STUDENT_TOKEN)
     mistake = words if config.teacher.feedback else None
     return (
         sum(len(prompt(question, None).encode()) for question in questions),

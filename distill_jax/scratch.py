@@ -80,10 +80,10 @@ def make_student(
       progress: Where to show the steps.
 
     Raises:
-      ValueError: `scratch.width` can't be cut into heads.
+      ValueError: the width in `scratch.size` can't be cut into heads.
     """
     tokenizer = make_tokenizer()
-    model = make_model(config.scratch.width, config.scratch.layers, len(tokenizer))
+    model = make_model(*config.scratch.size, len(tokenizer))
     random, max_value = Random(f"scratch text {config.seed}"), config.task.max_value
     exam_texts = {question.text for question in questions}
     cards = draw_cards(random, max_value=max_value)
@@ -105,7 +105,9 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
       ValueError: the heads would not have the same even number of dims.
     """
     if width % (2 * HEADS):
-        raise ValueError(f"scratch.width must be a multiple of {2 * HEADS}; got {width}.")
+        raise ValueError(
+            f"scratch.size begins with a width, a multiple of {2 * HEADS}; got {width}."
+        )
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,

@@ -39,7 +39,7 @@ def examine_adder(directory: Path, count: int) -> Marks:
         Question(f"add/{i}", f"{a:03}{b:03}", str(a + b), "test", "numeric")
         for i, (a, b) in enumerate(pairs)
     ]
-    exam = ExamConfig(samples=0, greedy_max_new_tokens=4, slots=100)
+    exam = ExamConfig(samples=0, max_new_tokens=(4, 4), slots=100)
     tokenizer = load_tokenizer(str(directory))
     generate = make_generate(
         config, tokenizer, make_mesh(1, 1, 1), exam=exam, compute_dtype=jnp.float32
@@ -63,7 +63,7 @@ def test_rows_that_pad_a_vocabulary_are_never_drawn(shared):
     config = dataclasses.replace(variant("gptj"), vocab_size=50400, layers=1)
     params = make_params(config)
     params["head_bias"] = params["head_bias"].at[50257:].set(50.0)
-    exam = ExamConfig(samples=3, max_new_tokens=8, greedy_max_new_tokens=8, slots=8)
+    exam = ExamConfig(samples=3, max_new_tokens=(8, 8), slots=8)
     generate = make_generate(
         config, tokenizer, make_mesh(1, 1, 1), exam=exam, compute_dtype=jnp.float32
     )

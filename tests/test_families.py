@@ -1,5 +1,7 @@
 """Every family in training: the real step on four devices is the step on one."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -37,7 +39,8 @@ def take_two_steps(name: str, mesh, shards: int):
         batch = make_batch(samples, 4, objective, Grid(1, shards, 6 // shards + 1))
         state, figures = step(state, put_batch(batch, mesh))
         losses.append(float(figures["loss"]))
-        means.append(jax.device_get(state.opt_state[0].mu))
+        moments: Any = state.opt_state
+        means.append(jax.device_get(moments[0].mu))
     up = state.params["blocks"]["mlp"]["up"]
     assert up.addressable_shards[0].data.size == up.size // mesh.size
     return jax.device_get(state), losses, means

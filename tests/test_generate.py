@@ -35,7 +35,7 @@ TINY = ModelConfig(
     vocab_size=len(CHARACTERS) + 1, width=32, layers=2, heads=4, kv_heads=2, head_dim=8,
     mlp_width=48, max_positions=80,
 )  # fmt: skip
-EXAM = ExamConfig(samples=2, top_k=20, max_new_tokens=12, greedy_max_new_tokens=12, slots=16)
+EXAM = ExamConfig(samples=2, top_k=20, max_new_tokens=(12, 12), slots=16)
 PROMPTS = [
     f"solve this sum for me: {text}" for text in
     ("1+2", "what is 30+41?", "a", "tom has 4 hats.", "9+9+9+9+9+9?", "go", "how many: 3+3")
@@ -216,7 +216,7 @@ def check_against_transformers(directory: Path, prompts: Sequence[str], count: i
     mesh = make_mesh(1, 2, 1)
     layout = shardings(mesh, logical_axes(config), abstract_params(config), TRAIN_RULES)
     params = load_params(directory, config, layout)
-    exam = EXAM.model_copy(update={"greedy_max_new_tokens": count})
+    exam = EXAM.model_copy(update={"max_new_tokens": (count, 12)})
     generate = make_generate(config, tokenizer, mesh, exam=exam, compute_dtype=jnp.float32)
     spelled = dataclasses.replace(generate, tokenizer=Spelled(tokenizer))
     found = dict(spelled(params, prompts, prompts, samples=0, seed=0, round_index=0))

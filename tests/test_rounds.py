@@ -27,11 +27,10 @@ SMALL = {
         "max_value": 9,
     },
     "student": {"model": "scratch", "compute_dtype": "float32"},
-    "scratch": {"width": 32, "layers": 2, "steps": 120},
+    "scratch": {"size": (32, 2), "steps": 120},
     "exam": {
         "samples": 2,
-        "max_new_tokens": 40,
-        "greedy_max_new_tokens": 40,
+        "max_new_tokens": (40, 40),
         "slots": 16,
     },
     "teacher": {"samples": 3, "concurrency": 2},

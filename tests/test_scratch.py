@@ -58,7 +58,7 @@ def tiny() -> Config:
             "seed": 4,
             "task": {"name": "arithmetic", "num_train": 60},
             "student": {"model": "scratch", "compute_dtype": "float32"},
-            "scratch": {"width": 16, "layers": 1, "steps": 3},
+            "scratch": {"size": (16, 1), "steps": 3},
         }
     )
 
@@ -248,5 +248,7 @@ def test_the_same_seed_gives_the_same_student(student: Path, tmp_path: Path):
 
 
 def test_a_width_without_even_heads_is_refused():
-    with pytest.raises(ValueError, match=r"scratch.width must be a multiple of 8; got 20\."):
+    with pytest.raises(
+        ValueError, match=r"scratch.size begins with a width, a multiple of 8; got 20\."
+    ):
         scratch.make_model(20, 1, 100)
