@@ -105,9 +105,7 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
       ValueError: the heads would not have the same even number of dims.
     """
     if width % (2 * HEADS):
-        raise ValueError(
-            f"scratch.size begins with a width, a multiple of {2 * HEADS}; got {width}."
-        )
+        raise ValueError(f"scratch.size: the width is a multiple of {2 * HEADS}; got {width}.")
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,
@@ -238,7 +236,7 @@ def _train(
         mesh=mesh,
         state_shardings=jax.tree.map(lambda x: x.sharding, state),
         compute_dtype=jnp.dtype(config.student.compute_dtype),
-        remat="none",
+        remat="dots",
     )
     steps = config.scratch.steps
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:

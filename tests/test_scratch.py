@@ -248,7 +248,5 @@ def test_the_same_seed_gives_the_same_student(student: Path, tmp_path: Path):
 
 
 def test_a_width_without_even_heads_is_refused():
-    with pytest.raises(
-        ValueError, match=r"scratch.size begins with a width, a multiple of 8; got 20\."
-    ):
+    with pytest.raises(ValueError, match=r"scratch.size: the width is a multiple of 8; got 20\."):
         scratch.make_model(20, 1, 100)
