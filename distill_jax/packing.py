@@ -18,7 +18,7 @@ from distill_jax.student.tree import NOWHERE, Batch, Counts
 
 Tokens = tuple[int, ...]
 MAX_SHAPES = 4
-UNIT = 16
+UNIT = 8
 """Sizes are multiples of this, and of a sixteenth of themselves, or a bit less."""
 ELEMENT = 2e-4
 """What a pair of tokens in a rectangle costs, in tokens on the line, for a width of some 2,000."""
@@ -132,7 +132,7 @@ def _branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
 
 def _up(size: int) -> int:
     unit = UNIT
-    while unit * 2 * UNIT <= size:
+    while unit * 32 <= size:
         unit *= 2
     return -(-size // unit) * unit
 
