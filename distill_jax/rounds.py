@@ -191,9 +191,9 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     )
     start = round_index - 1 if config.train.start == "previous" else 0
     with timed(school.folder, round_index, "train"):
-        params = train_round(
+        trained, frozen = train_round(
             config,
-            school.student.model,
+            school.student.weights.model,
             school.student.mesh,
             rows,
             partial(school.student.weights.take, start),
@@ -201,7 +201,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
             round_index=round_index,
             progress=school.progress,
         )
-    school.student.weights.put(round_index, params)
+    school.student.weights.put(round_index, trained, frozen)
 
 
 def _rationales(school: School, round_index: int) -> list[Rationale]:

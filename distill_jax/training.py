@@ -45,12 +45,12 @@ def train_round(
     model: ModelConfig,
     mesh: Mesh,
     rows: Rows,
-    load: Callable[[], Params],
+    load: Callable[[], tuple[Params, Params | None]],
     folder: Path,
     *,
     round_index: int,
     progress: Progress,
-) -> Params:
+) -> tuple[Params, Params | None]:
     """Trains on the rows of a round, and leaves `checkpoint/` and `metrics.jsonl` in `folder`.
 
     Optimiser and warmup begin anew each round, as in the original.
@@ -60,13 +60,13 @@ def train_round(
       model: What the student looks like.
       mesh: Where its weights lie.
       rows: What to train on.
-      load: Gives the weights that the round begins with; they are used up.
+      load: Gives the weights that are trained, which are used up, and those that are not.
       folder: The round's folder.
       round_index: From 1.
       progress: Where to show the steps.
 
     Returns:
-      The trained weights.
+      The trained weights, and the others.
 
     Raises:
       TrainingDiverged: a loss is not a number. The states saved before it are kept.
@@ -77,9 +77,9 @@ def train_round(
     )
     optimizer = make_optimizer(schedule, train.weight_decay)
     course = make_course(config, mesh, rows, round_index)
-    params = load()
-    reference = _copy(params, config) if course.objective.reflection == "dpo" else None
-    state, layout = init_state(params, optimizer, mesh)
+    trained, frozen = load()
+    reference = _copy(trained, config) if course.objective.reflection == "dpo" else None
+    state, layout = init_state(trained, optimizer, mesh)
     step = make_step(
         model,
         optimizer,
@@ -99,7 +99,7 @@ def train_round(
         title = f"training, round {round_index}"
         with progress.stage(title, total=total, unit="steps", done=done) as advance:
             for index, (epoch, batch) in enumerate(course.batches(done), start=done):
-                state, metrics = step(state, put_batch(batch, mesh), reference)
+                state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
                 facts = {
                     "step": index,
                     "epoch": epoch,
@@ -115,7 +115,7 @@ def train_round(
     save_params(folder / "checkpoint", state.params)
     figures.finish()
     shutil.rmtree(folder / "training")
-    return state.params
+    return state.params, frozen
 
 
 def make_course(config: Config, mesh: Mesh, rows: Rows, round_index: int) -> Course:

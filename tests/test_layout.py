@@ -12,14 +12,14 @@ records config numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions
 prompts tokenizer
-student.sharding student.architecture student.attention student.blocks student.model
+student.sharding student.architecture student.attention student.blocks student.model student.lora
 student.losses student.tree student.objective student.flops student.step
 student.sampling student.decode
 families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
-weights
+weights adapters
 run_folder progress checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking

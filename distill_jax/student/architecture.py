@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -36,6 +36,33 @@ class RopeScaling:
 
     factor: float
     bands: tuple[float, float, int] | None = None
+
+
+ADAPTABLE = ("query", "key", "value", "out", "up", "gate", "down")
+"""The matrices of a block, which low-rank adapters may be put beside."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: a matrix W computes with `W + alpha / rank * A B`, and only A and B learn.
+
+    Attributes:
+      rank: Columns of A and rows of B.
+      alpha: What they add is multiplied by `alpha / rank`.
+      targets: Names of the matrices in every block that have them, of `ADAPTABLE`.
+
+    Source:
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,7 @@ class ModelConfig:
       mlp_bias: Whether the matrices of the MLP have biases.
       tied_head: Whether the output projection is the embedding.
       head_bias: Whether the output projection has a bias.
+      lora: The adapters that its matrices have; None for none.
     """
 
     vocab_size: int
@@ -120,6 +148,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tied_head: bool = False
     head_bias: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -138,6 +167,14 @@ class ModelConfig:
                 f"local_layers says for each of {self.layers} layers whether it is local; "
                 f"got {len(self.local_layers)}."
             )
+
+        if self.lora and "gate" in self.lora.targets and not self.gated_mlp:
+            raise ValueError("adapters are asked for on gate, but no matrix gates this MLP.")
+
+    @property
+    def plain(self) -> "ModelConfig":
+        """The same without adapters."""
+        return replace(self, lora=None)
 
     @property
     def padded_vocab(self) -> int:

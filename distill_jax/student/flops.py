@@ -1,6 +1,7 @@
 """Arithmetic of the student: what a step costs, and what a device could do."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from distill_jax.student.architecture import ModelConfig
 from distill_jax.student.tree import Counts
@@ -56,10 +57,12 @@ def forward_flops(config: ModelConfig, *, tokens: float, predictions: float, pai
 
 
 def step_flops(config: ModelConfig, counts: Counts) -> float:
-    """Operations that a step has to do, forward and backward, without padding or recomputing."""
-    return 3 * forward_flops(
-        config,
-        tokens=float(counts.useful),
-        predictions=float(counts.predictions),
-        pairs=float(counts.pairs),
-    )
+    """Operations that a step has to do, forward and backward, without padding or recomputing.
+
+    Where only adapters are trained, the large matrices have no gradient, and adapters cost next to
+    nothing.
+    """
+    tokens, predictions = float(counts.useful), float(counts.predictions)
+    count = partial(forward_flops, config, tokens=tokens, predictions=predictions)
+    total = 3 * count(pairs=float(counts.pairs))
+    return total - count(pairs=0.0) if config.lora else total

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from distill_jax.student.lora import join
 from distill_jax.student.model import ModelConfig, Params, Remat, run_blocks
 from distill_jax.student.objective import Losses, Objective, States, losses
 from distill_jax.student.sharding import BATCH
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
     """Everything that the step updates."""
 
     step: Int[Array, ""]
-    params: Params
+    params: Params  # those that are trained: all of them, or adapters
     opt_state: optax.OptState
 
 
@@ -62,18 +63,22 @@ def gradients(
     objective: Objective,
     *,
     states: States,
+    frozen: Params | None = None,
     reference: Params | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """The gradient of the combined loss, and both losses.
 
     The loss is `lm / predicted tokens + weight * reflection / valid rows`, each sum over the whole
     batch. The counts are known beforehand, so microbatches add up to exactly the gradient of the
-    whole batch and never to a mean of means. Args as in `objective.losses`; `batch` has its axis M.
+    whole batch and never to a mean of means. Args as in `objective.losses`; `batch` has its axis M,
+    and `frozen` is what `params` and `reference` are a part of, if there is more to a student.
     """
-    counts = batch.counts
+    counts, rest = batch.counts, frozen or {}
+    before = None if reference is None else join(rest, reference)
 
     def loss_fn(params: Params, part: Batch) -> tuple[Array, Losses]:
-        sums = losses(config, params, part, objective, states=states, reference=reference)
+        whole = join(rest, params)
+        sums = losses(config, whole, part, objective, states=states, reference=before)
         lm = sums.lm / counts.predicted
         reflection = sums.reflection / jnp.maximum(counts.valid, 1.0)
         return lm + objective.reflection_weight * reflection, Losses(lm, reflection)
@@ -106,6 +111,7 @@ def _without_counts(batch: Batch, index: int | None = None) -> Batch:
 def train_step(
     state: TrainState,
     batch: Batch,
+    frozen: Params | None = None,
     reference: Params | None = None,
     *,
     config: ModelConfig,
@@ -113,9 +119,17 @@ def train_step(
     objective: Objective,
     states: States,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update: state and batch in, state and figures out."""
+    """One update: state and batch in, state and figures out.
+
+    Args:
+      state: What is updated.
+      batch: From `put_batch`.
+      frozen: Weights that are used and not trained; None where all are trained.
+      reference: As `state.params` was when the round began; for DPO only.
+      config, optimizer, objective, states: As in `make_step`.
+    """
     grads, figures = gradients(
-        config, state.params, batch, objective, states=states, reference=reference
+        config, state.params, batch, objective, states=states, frozen=frozen, reference=reference
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
