@@ -21,10 +21,11 @@ from distill_jax.records import Attempt, Kind, Question, Split
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
 from distill_jax.student import lora
-from distill_jax.student.architecture import Lora
+from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.writer import Writer, make_writer
 
 
 class Weights:
@@ -130,22 +131,26 @@ class Student:
     tokenizer: Tokenizer
     mesh: Mesh
     weights: Weights
-    generate: Generate
+    generate: Generate | Writer
 
 
 def open_student(config: Config, base: Path, folder: Path) -> Student:
     """The student in `base`, whose later rounds lie in the run `folder`; reads no weights yet."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = weights.read_model_config(base)
-    tokenizer = load_tokenizer(str(base))
-    dtype = jnp.dtype(config.student.compute_dtype)
+    tokenizer = load_tokenizer(str(base), ends_prompts=isinstance(model, EncoderDecoderConfig))
+    answers = {"exam": config.exam, "compute_dtype": jnp.dtype(config.student.compute_dtype)}
+    if isinstance(model, EncoderDecoderConfig):
+        generate = make_writer(model, tokenizer, mesh, **answers)
+    else:
+        generate = make_generate(model, tokenizer, mesh, **answers)
     return Student(
         base=base,
         model=model,
         tokenizer=tokenizer,
         mesh=mesh,
         weights=open_weights(config, folder, base, mesh),
-        generate=make_generate(model, tokenizer, mesh, exam=config.exam, compute_dtype=dtype),
+        generate=generate,
     )
 
 

@@ -79,7 +79,7 @@ def test_adapters_compute_what_the_sum_of_matrices_does(config):
 
 
 def states(config, mesh):
-    return bind_states(config, mesh, compute_dtype=jnp.dtype("float32"), remat=False)
+    return bind_states(config, mesh, compute_dtype=jnp.dtype("float32"), remat="none")
 
 
 @pytest.mark.parametrize("reflection", ["triplet", "dpo"])
@@ -124,6 +124,7 @@ def test_four_devices_take_the_steps_of_one_and_nothing_else_has_moments():
             mesh=mesh,
             state_shardings=layout,
             compute_dtype=jnp.dtype("float32"),
+            remat="none",
         )
         for index in range(2):
             samples = make_samples(index, config.vocab_size, 4)

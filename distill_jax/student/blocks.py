@@ -7,7 +7,7 @@ or keys.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,21 @@ from distill_jax.student.attention import Turns, rotate
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
 queries, and whatever the caller keeps: who sees whom is the caller's business."""
+
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass recomputes of a block: nothing, all but the products with weights (so
+attention and everything of elements), or all of it. The first needs most memory, the last most
+time; on a CPU the second is the fastest, too, as writing and reading costs more than computing."""
+
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def recompute(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The step of a scan over blocks, of which the backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return step
+    return jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[remat])
 
 
 def matrix(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
@@ -135,12 +150,25 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], turns: Turns | None, look: Look
     ) -> tuple[Float[Array, "B L D"], Any]:
+        mixed, kept = look(self.ask(x, turns), *self.offer(x, turns))
+        return self.finish(mixed), kept
+
+    def ask(self, x: Float[Array, "B L D"], turns: Turns | None) -> Float[Array, "B L n H"]:
+        """The queries of tokens."""
         query = multiply(x, self.query, self.query_bias, self.query_adapter)
+        return self._place(query, self.query_norm, turns)
+
+    def offer(
+        self, x: Float[Array, "B L D"], turns: Turns | None
+    ) -> tuple[Float[Array, "B L n H"], Float[Array, "B L n H"]]:
+        """The keys and values of tokens."""
         key = multiply(x, self.key, self.key_bias, self.key_adapter)
         value = multiply(x, self.value, self.value_bias, self.value_adapter)
-        query = self._place(query, self.query_norm, turns)
-        mixed, kept = look(query, self._place(key, self.key_norm, turns), value)
-        return multiply(mixed, self.out, self.out_bias, self.out_adapter, dims=2), kept
+        return self._place(key, self.key_norm, turns), value
+
+    def finish(self, mixed: Float[Array, "B L n H"]) -> Float[Array, "B L D"]:
+        """The change of the state, from what attention mixed."""
+        return multiply(mixed, self.out, self.out_bias, self.out_adapter, dims=2)
 
     def _place(
         self, x: Float[Array, "B L n H"], norm: Norm | None, turns: Turns | None

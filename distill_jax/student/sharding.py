@@ -25,6 +25,7 @@ EXAM_RULES: Mapping[str, str | None] = {
     "embedding": None,
     "norm": None,
     "rank": None,
+    "buckets": None,
 }
 """Weights whole on every device but for the tensor axis: decoding never gathers them."""
 

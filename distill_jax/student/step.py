@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.lora import join
 from distill_jax.student.model import ModelConfig, Params, Remat, run_blocks
 from distill_jax.student.objective import Losses, Objective, States, losses
+from distill_jax.student.plain import AnyBatch, plain_states
 from distill_jax.student.sharding import BATCH
-from distill_jax.student.tree import Batch, tree_states
+from distill_jax.student.tree import tree_states
 
 
 class TrainState(NamedTuple):
@@ -59,7 +61,7 @@ def make_optimizer(schedule: optax.Schedule, weight_decay: float) -> optax.Gradi
 def gradients(
     config: ModelConfig,
     params: Params,
-    batch: Batch,
+    batch: AnyBatch,
     objective: Objective,
     *,
     states: States,
@@ -76,14 +78,14 @@ def gradients(
     counts, rest = batch.counts, frozen or {}
     before = None if reference is None else join(rest, reference)
 
-    def loss_fn(params: Params, part: Batch) -> tuple[Array, Losses]:
+    def loss_fn(params: Params, part: AnyBatch) -> tuple[Array, Losses]:
         whole = join(rest, params)
         sums = losses(config, whole, part, objective, states=states, reference=before)
         lm = sums.lm / counts.predicted
         reflection = sums.reflection / jnp.maximum(counts.valid, 1.0)
         return lm + objective.reflection_weight * reflection, Losses(lm, reflection)
 
-    def add(total: tuple[Params, Losses], part: Batch) -> tuple[tuple[Params, Losses], None]:
+    def add(total: tuple[Params, Losses], part: AnyBatch) -> tuple[tuple[Params, Losses], None]:
         grads, parts = jax.grad(loss_fn, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, total, (grads, parts)), None
 
@@ -102,7 +104,7 @@ def gradients(
     }
 
 
-def _without_counts(batch: Batch, index: int | None = None) -> Batch:
+def _without_counts(batch: AnyBatch, index: int | None = None) -> AnyBatch:
     """What has an axis M, or one microbatch of it."""
     rest = batch._replace(counts=None)  # pyright: ignore
     return rest if index is None else jax.tree.map(lambda x: x[index], rest)
@@ -110,7 +112,7 @@ def _without_counts(batch: Batch, index: int | None = None) -> Batch:
 
 def train_step(
     state: TrainState,
-    batch: Batch,
+    batch: AnyBatch,
     frozen: Params | None = None,
     reference: Params | None = None,
     *,
@@ -160,7 +162,7 @@ def make_step(
 def bind_states(
     config: ModelConfig, mesh: Mesh, *, compute_dtype: jnp.dtype, remat: Remat
 ) -> States:
-    """`tree_states(params, batch)` with lines kept spread over the mesh."""
+    """What computes the states of a batch, spread over the mesh: the student's kind decides."""
     lines = NamedSharding(mesh, BATCH)
 
     def constrain(hidden: Array) -> Array:
@@ -171,6 +173,8 @@ def bind_states(
         layout = NamedSharding(mesh, PartitionSpec(None, *rest))
         return jax.lax.with_sharding_constraint(shared, layout)
 
+    if isinstance(config, EncoderDecoderConfig):
+        return partial(plain_states, config, dtype=compute_dtype, remat=remat, constrain=constrain)
     run = partial(run_blocks, config, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
     return partial(tree_states, config, run=run, gather=gather)
 
@@ -199,7 +203,7 @@ def num_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
     """The batch on the devices: each line on its own, counts everywhere."""
     lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     everywhere = NamedSharding(mesh, PartitionSpec())
