@@ -189,11 +189,8 @@ def _impossible(config: Config) -> Iterator[str]:
     task, train, teacher, axes = config.task, config.train, config.teacher, config.mesh
     if task.name not in TASKS and not task.name.endswith(".jsonl"):
         near = difflib.get_close_matches(task.name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        yield (
-            f"task.name is one of {', '.join(TASKS)} or a file that ends in .jsonl; "
-            f"got {task.name!r}{hint}"
-        )
+        known, hint = ", ".join(TASKS), f"; did you mean {near[0]}?" if near else "."
+        yield f"task.name is one of {known} or a file that ends in .jsonl; got {task.name!r}{hint}"
     small, size = train.microbatch_size, train.batch_size
     if size % small:
         yield f"train.microbatch_size must divide train.batch_size ({size}); got {small}."
@@ -208,7 +205,7 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
     if sum(size == -1 for size in (axes.data, axes.fsdp, axes.tensor)) > 1:
         yield f"mesh lets one axis be -1 (all that is left); got {axes}."
-    if any(size != -1 and size < 1 for size in (axes.data, axes.fsdp, axes.tensor)):
+    if any(size == 0 or size < -1 for size in (axes.data, axes.fsdp, axes.tensor)):
         yield f"mesh axes are at least 1, or -1 for all that is left; got {axes}."
     if not is_free(teacher.url) and teacher.price_usd is None:
         yield (

@@ -178,7 +178,7 @@ def choose_shapes(
 
         def loss(pair: tuple[Sizes, Sizes]) -> float:
             union = cost(_union(*pair))
-            return sum(counts[shape] * (union - cost(shape)) for shape in pair)
+            return float(sum(counts[shape] * (union - cost(shape)) for shape in pair))
 
         x, y = min(itertools.combinations(members, 2), key=loss)
         joined, total = members.pop(x) + members.pop(y), counts.pop(x) + counts.pop(y)
@@ -240,6 +240,8 @@ def pack(
             len(shared) + sum(line.num_put for line in lines),
             len(shared) + sum(line.num_predicting for line in lines),
             len(shared) * (len(shared) + 1) // 2 + sum(line.num_pairs for line in lines),
+            0,  # a decoder reads nothing
+            0,
         )
     ]
     return Batch(**stacked, counts=Counts(*counts))

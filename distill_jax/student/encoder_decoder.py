@@ -209,7 +209,7 @@ def make_buckets(count: int, max_distance: int, *, both_ways: bool) -> np.ndarra
 
     Example:
       >>> make_buckets(8, 6, both_ways=False).tolist()
-      [7, 6, 5, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0]
+      [7, 6, 4, 3, 2, 1, 0, 0, 0, 0, 0, 0, 0]
     """
     distance = np.arange(-max_distance, max_distance + 1)
     first = np.where(distance > 0, count // 2, 0) if both_ways else 0
