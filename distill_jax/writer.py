@@ -25,7 +25,7 @@ from distill_jax.student.writing import Questions, Written, write
 from distill_jax.tokenizer import Tokenizer, padded_length
 
 ROWS = 128
-"""Answers written at the same time, over all devices: about so many."""
+"""Answers written at the same time, over all devices, unless the config says how many."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Writer:
         encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         ordered = sorted(range(len(prompts)), key=lambda i: (len(encoded[i]), i))
         shards = num_row_shards(self.mesh)
-        size = max(1, ROWS // (1 + samples) // shards) * shards
+        size = max(1, (self.exam.slots or ROWS) // (1 + samples) // shards) * shards
         # Batches are the same whatever is done, so that a run that goes on draws what it would.
         batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         owed = set(range(len(prompts))) - set(done)
@@ -81,8 +81,9 @@ class Writer:
         mask = np.zeros(tokens.shape, bool)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
-        limits = np.full(keys.shape[:2], self.exam.max_new_tokens, np.int32)
-        limits[:, GREEDY] = self.exam.greedy_max_new_tokens
+        greedy, sampled = self.exam.max_new_tokens
+        limits = np.full(keys.shape[:2], sampled, np.int32)
+        limits[:, GREEDY] = greedy
         fill = size - len(prompts)
         limits, keys = (np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1)) for x in (limits, keys))
         layout = NamedSharding(self.mesh, BATCH)
@@ -131,7 +132,7 @@ def make_writer(
     answer = partial(
         write,
         config,
-        longest=max(exam.max_new_tokens, exam.greedy_max_new_tokens),
+        longest=max(exam.max_new_tokens),
         end_id=-1 if tokenizer.end_id is None else tokenizer.end_id,
         num_tokens=tokenizer.num_tokens,
         sampling=Sampling(exam.temperature, exam.top_k, exam.top_p),
