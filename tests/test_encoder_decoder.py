@@ -82,7 +82,7 @@ def make_published(directory, name) -> Any:
     torch.manual_seed(3)
     model = transformers.T5ForConditionalGeneration(published_config(name))
     if name in ("t5-v1.1", "flan-t5"):
-        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+        model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn_like(model.shared.weight))
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.1 * torch.randn_like(weight)
