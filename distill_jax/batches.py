@@ -7,14 +7,16 @@ seed, the round and the epoch alone: not on the batch size of a device, nor on i
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from distill_jax.packing import Grid, Item, Shape, Tokens, is_valid, pack, plan_shapes
+from distill_jax import packing as tree_packing
+from distill_jax.packing import Grid, Item, Tokens, is_valid
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import GREEDY, Attempt, Question, Rationale
 from distill_jax.student.objective import Objective
-from distill_jax.student.tree import Batch
+from distill_jax.student.plain import AnyBatch
 from distill_jax.tokenizer import Tokenizer, common_length
 
 MAX_POSITIVES = 10
@@ -219,6 +221,20 @@ def draw_pairs(
     ]
 
 
+@runtime_checkable
+class Packing(Protocol):
+    """How batches are laid out: the module `packing`, or `plain_packing`."""
+
+    @property
+    def plan_shapes(self) -> Callable[..., dict[Any, Any]]: ...
+
+    @property
+    def pack(self) -> Callable[..., AnyBatch]: ...
+
+    @property
+    def count_tokens(self) -> Callable[..., int]: ...
+
+
 @dataclass(frozen=True)
 class Course:
     """All batches of a round, in an order that is known beforehand.
@@ -231,6 +247,7 @@ class Course:
       seed: With the round and the epoch, all that order and pairs depend on.
       round_index: From 1.
       epochs: Passes over the rows.
+      packing: How batches are laid out.
     """
 
     rows: Rows
@@ -240,20 +257,29 @@ class Course:
     seed: int
     round_index: int
     epochs: int
+    packing: Packing = tree_packing
 
     def __len__(self) -> int:
         return sum(len(self._plan(epoch)) for epoch in range(self.epochs))
 
     @functools.cached_property
-    def shapes(self) -> dict[Shape, Shape]:
+    def shapes(self) -> dict[Any, Any]:
         """The shape of a batch by the sizes that it needs."""
-        return plan_shapes((items for _, items in self._items(0)), self.grid, self.objective)
+        batches = (items for _, items in self._items(0))
+        return self.packing.plan_shapes(batches, self.grid, self.objective)
 
-    def batches(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
+    @property
+    def sizes(self) -> list[int]:
+        """The tokens that a step computes, for each shape."""
+        settings = {"shared": self.rows.shared, "objective": self.objective}
+        shapes = set(self.shapes.values())
+        return sorted(self.packing.count_tokens(x, self.grid, **settings) for x in shapes)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[int, AnyBatch]]:
         """The batches from step `start` on, each with its epoch."""
         settings = {"shared": self.rows.shared, "objective": self.objective}
         for epoch, items in self._items(start):
-            yield epoch, pack(items, self.grid, self.shapes, **settings)
+            yield epoch, self.packing.pack(items, self.grid, self.shapes, **settings)
 
     def _items(self, start: int) -> Iterator[tuple[int, list[Item]]]:
         done, order = 0, {"seed": self.seed, "round_index": self.round_index}

@@ -273,10 +273,14 @@ def export(
     to: Annotated[Path, typer.Option(help="The directory to make.")],
     round_index: Annotated[int, typer.Option("--round", help="-1: the chosen round.")] = -1,
     dtype: WrittenDtype = DtypeName.FLOAT32,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="The adapters alone, in peft's layout.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a round's student as a Hugging Face directory, ready for transformers and servers."""
     _set_up()
     from distill_jax.exchange import export_round
 
-    _show(export_round(run, to, round_index=round_index, dtype=dtype.value), as_json)
+    settings = {"round_index": round_index, "dtype": dtype.value, "adapters": adapters}
+    _show(export_round(run, to, **settings), as_json)

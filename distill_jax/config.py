@@ -1,13 +1,13 @@
 """Every knob, on one page: strict frozen models, read from YAML.
 
 A file may name another with `extends:`; its own keys win. `key.sub=value` on the command line
-wins over both. Unknown keys are errors that name the nearest known one. Defaults are the paper's
-(Wang et al., EMNLP 2023) unless a line says otherwise.
+wins over both. Unknown keys are errors. Defaults are those of Wang et al. (EMNLP 2023).
 """
 
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 TASKS = ("gsm8k", "multiarith", "svamp", "csqa", "strategyqa", "arithmetic")
 SCRATCH = "scratch"
 TUTOR = "tutor"
+SOME = Field(min_length=1)
 
+Matrix = Literal["query", "key", "value", "out", "up", "gate", "down"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+Rates = Annotated[tuple[NotNegative, ...], SOME]
 Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
 
@@ -47,8 +50,16 @@ class TaskConfig(Section):
     dev_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of train; 0 reproduces the paper
     num_train: CountOrAll = 0  # train questions used, before dev is carved out; 0 is all
     num_test: CountOrAll = 0  # test questions used; 0 is all
-    steps: tuple[Count, ...] = (2, 3, 4)  # arithmetic: solution lengths, in equal parts
+    steps: Annotated[tuple[Count, ...], SOME] = (2, 3, 4)  # of arithmetic
     max_value: Annotated[int, Field(ge=2)] = 30  # arithmetic: the largest number in a question
+
+
+class LoraConfig(Section):
+    """Low-rank adapters."""
+
+    rank: Count
+    alpha: Positive = 16.0  # they count by alpha / rank
+    targets: Annotated[tuple[Matrix, ...], SOME] = ("query", "value")  # of each block
 
 
 class StudentConfig(Section):
@@ -56,6 +67,7 @@ class StudentConfig(Section):
 
     model: str  # a Hugging Face directory or hub id, or `scratch`: made by `scratch` below
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights stay float32
+    lora: LoraConfig | None = None  # low-rank adapters, which alone are trained, as {rank: 8}
 
 
 class ScratchConfig(Section):
@@ -108,7 +120,7 @@ class TrainConfig(Section):
     epochs: Count = 10
     batch_size: Count = 16
     microbatch_size: Count = 16  # rows computed at a time; smaller saves memory, same gradient
-    learning_rates: tuple[NotNegative, ...] = (1e-6, 7e-7)  # by round; the last one repeats
+    learning_rates: Rates = (1e-6, 7e-7)  # by round; the last one repeats
     warmup_steps: CountOrAll = 100  # logarithmic, then constant
     weight_decay: NotNegative = 0.01
     prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
@@ -177,18 +189,11 @@ def _impossible(config: Config) -> Iterator[str]:
     task, train, teacher, axes = config.task, config.train, config.teacher, config.mesh
     if task.name not in TASKS and not task.name.endswith(".jsonl"):
         near = difflib.get_close_matches(task.name, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else "."
-        yield (
-            f"task.name is one of {', '.join(TASKS)} or a file that ends in .jsonl; "
-            f"got {task.name!r}{hint}"
-        )
+        known, hint = ", ".join(TASKS), f"; did you mean {near[0]}?" if near else "."
+        yield f"task.name is one of {known} or a file that ends in .jsonl; got {task.name!r}{hint}"
     small, size = train.microbatch_size, train.batch_size
     if size % small:
         yield f"train.microbatch_size must divide train.batch_size ({size}); got {small}."
-    if not train.learning_rates:
-        yield "train.learning_rates needs one number per round, at least one; got none."
-    if not task.steps:
-        yield "task.steps needs at least one solution length; got none."
     if task.name == "arithmetic" and not task.num_train:
         yield "task.num_train says how many arithmetic questions to make, at least 1; got 0."
     if config.student.model == SCRATCH and task.name != "arithmetic":
@@ -200,7 +205,7 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
     if sum(size == -1 for size in (axes.data, axes.fsdp, axes.tensor)) > 1:
         yield f"mesh lets one axis be -1 (all that is left); got {axes}."
-    if any(size != -1 and size < 1 for size in (axes.data, axes.fsdp, axes.tensor)):
+    if any(size == 0 or size < -1 for size in (axes.data, axes.fsdp, axes.tensor)):
         yield f"mesh axes are at least 1, or -1 for all that is left; got {axes}."
     if not is_free(teacher.url) and teacher.price_usd is None:
         yield (
@@ -208,7 +213,7 @@ def _impossible(config: Config) -> Iterator[str]:
             "US dollars per million prompt and completion tokens, such as [0.15, 0.6], "
             "or [0, 0] for an endpoint that costs nothing."
         )
-    if teacher.price_usd and any(teacher.price_usd) and not teacher.budget_usd:
+    if any(teacher.price_usd or ()) and not teacher.budget_usd:
         yield "teacher.budget_usd is the most this run may spend, above 0; got 0."
 
 
@@ -231,8 +236,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       overrides: `key.sub=value`, the value in YAML; they win over the file.
 
     Raises:
-      ConfigError: the file can't be read, a key is unknown, or a value is not allowed. Nothing
-        has been written.
+      ConfigError: the file can't be read, a key is unknown, or a value is not allowed.
     """
     return make_config(_read_yaml(Path(path), seen=()), overrides)
 
@@ -306,15 +310,10 @@ def to_yaml(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """A line `key: old -> new` for every knob whose value differs."""
-    values = ((name, _get(old, name), _get(new, name)) for name in knobs())
-    return [f"{name}: {a!r} -> {b!r}" for name, a, b in values if a != b]
-
-
-def _get(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
+    values = (
+        (k, [reduce(getattr, k.split("."), config) for config in (old, new)]) for k in knobs()
+    )
+    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in values if a != b]
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -388,7 +387,7 @@ def _meant(value: Any) -> Any:
 def _sentence(error: pydantic.ValidationError) -> str:
     """The first problem in one sentence: key, what is allowed, what was given."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message

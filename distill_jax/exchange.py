@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax import weights
+from distill_jax.adapters import save_adapters
 from distill_jax.config import ConfigError, load_config
 from distill_jax.model_card import make_card
 from distill_jax.run_folder import read_json
-from distill_jax.school import Weights, find_base
+from distill_jax.school import Weights, find_base, open_weights
 from distill_jax.student.model import abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.tokenizer import load_tokenizer
@@ -47,8 +48,20 @@ def import_model(
     return {"model": str(base), "directory": str(to)}
 
 
+def _save_adapters(to: Path, student: Weights, round_index: int, *, base: Path) -> None:
+    """Writes the adapters of a round."""
+    if student.model.lora is None:
+        raise ConfigError("the run's student.lora is null; export it without --adapters.")
+    save_adapters(to, student.model, student.get_adapters(round_index), base=base)
+
+
 def export_round(
-    folder: Path, to: Path, *, round_index: int = -1, dtype: weights.Written = "float32"
+    folder: Path,
+    to: Path,
+    *,
+    round_index: int = -1,
+    dtype: weights.Written = "float32",
+    adapters: bool = False,
 ) -> dict[str, Any]:
     """Writes the student after a round as a Hugging Face directory with a model card.
 
@@ -58,7 +71,8 @@ def export_round(
       folder: The run.
       to: The directory, made here.
       round_index: Which round; 0 is the untrained student, -1 the one that the run chose.
-      dtype: Of the weights written.
+      dtype: Of the weights written; adapters are float32.
+      adapters: Writes the adapters alone, in peft's layout, instead of merged weights.
 
     Returns:
       `run`, `round` and `directory`.
@@ -76,17 +90,19 @@ def export_round(
         round_index = result["chosen_round"]
     weights.check_new(to)
     base = find_base(config, folder)
-    model = weights.read_model_config(base)
-    params = Weights(folder, base, model, make_mesh(1, -1, 1)).take(round_index)
-    weights.save_model(
-        to,
-        model,
-        params,
-        load_tokenizer(str(base)),
-        source=base,
-        dtype=dtype,
-        card=make_card(folder, round_index, name=to.name),
-    )
+    student = open_weights(config, folder, base, make_mesh(1, -1, 1))
+    if adapters:
+        _save_adapters(to, student, round_index, base=base)
+    else:
+        weights.save_model(
+            to,
+            student.model.plain,
+            student.get(round_index),
+            load_tokenizer(str(base)),
+            source=base,
+            dtype=dtype,
+            card=make_card(folder, round_index, name=to.name),
+        )
     return {
         "run": str(folder),
         "round": round_index,

@@ -95,7 +95,7 @@ class Generate:
         asked = [Prompt(i, encoded[i][common:]) for i in fit]
         for prompt in asked:
             room = self.config.max_positions - len(encoded[prompt.index])
-            keys = _keys(*seeds, ids[prompt.index], 1 + samples)
+            keys = row_keys(*seeds, ids[prompt.index], 1 + samples)
             for place, key in enumerate(keys):
                 greedy = place == GREEDY
                 limit = self.exam.max_new_tokens[0 if greedy else 1]
@@ -103,12 +103,15 @@ class Generate:
         return asked, encoded[fit[0]][:common] if fit else []
 
     def _completion(self, row: Row) -> Completion:
-        """Tokens as generated to text, without the end token and what follows a blank line."""
-        tokens = row.chosen
-        ended = bool(tokens) and tokens[-1] == self.tokenizer.end_id
-        text = self.tokenizer.decode(tokens[:-1] if ended else tokens)
-        text, blank, _ = text.partition(BLANK_LINE)
-        return Completion(text, "stop" if row.stopped or blank else "length", len(tokens))
+        return read_completion(self.tokenizer, row.chosen, stopped=row.stopped)
+
+
+def read_completion(tokenizer: Tokenizer, tokens: list[int], *, stopped: bool) -> Completion:
+    """Tokens as generated to text, without the end token and what follows a blank line."""
+    ended = bool(tokens) and tokens[-1] == tokenizer.end_id
+    text = tokenizer.decode(tokens[:-1] if ended else tokens)
+    text, blank, _ = text.partition(BLANK_LINE)
+    return Completion(text, "stop" if stopped or blank else "length", len(tokens))
 
 
 def make_generate(
@@ -230,11 +233,12 @@ def _memory(mesh: Mesh) -> list[tuple[int, int]]:
     return [(known["bytes_limit"], known["bytes_in_use"]) for known in stats]
 
 
-def _keys(seed: int, round_index: int, question_id: str, rows: int) -> np.ndarray:
+def row_keys(seed: int, round_index: int, question_id: str, rows: int) -> np.ndarray:
     """Key data for each row of a question: a hash of who draws, and of nothing else.
 
     Example:
-      >>> bool((_keys(42, 1, "gsm8k/train/7", 5)[:3] == _keys(42, 1, "gsm8k/train/7", 3)).all())
+      >>> few, many = (row_keys(42, 1, "gsm8k/train/7", rows) for rows in (3, 5))
+      >>> bool((many[:3] == few).all())
       True
     """
     names = (f"{seed}\n{round_index}\n{row}\n{question_id}".encode() for row in range(rows))

@@ -8,8 +8,9 @@ Letters: M microbatches, S row shards, T tokens of a shard's line.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from distill_jax.student.objective import LIKELIHOODS, Objective
 from distill_jax.student.tree import NOWHERE, Batch, Counts
 
 Tokens = tuple[int, ...]
+Sizes = TypeVar("Sizes", bound=tuple[int, ...])
 MAX_SHAPES = 4
 UNIT = 8
 """Sizes are multiples of this, and of a sixteenth of themselves, or a bit less."""
@@ -86,14 +88,26 @@ def plan_shapes(
     """Few shapes that hold all batches: for each that some batch needs, one that is used."""
     branches = find_branches(objective)
     needs = Counter(measure(spread(items, grid, branches), branches) for items in batches)
-    return choose_shapes(needs, grid.rows, len(sum(branches, ())), limit)
+    return choose_shapes(needs, partial(_cost, rows=grid.rows, branches=branches), limit)
+
+
+def _cost(shape: Shape, *, rows: int, branches: Branches) -> float:
+    """What a line costs, in tokens."""
+    num_branches = len(sum(branches, ()))
+    pairs = shape.question**2 + num_branches * shape.branch * (shape.question + shape.branch)
+    return shape.predicting / 4 + shape.tokens + ELEMENT * rows * pairs
+
+
+def count_tokens(shape: Shape, grid: Grid, *, shared: Tokens, objective: Objective) -> int:
+    """The tokens that a step computes, padding included."""
+    return grid.microbatches * (len(shared) + grid.shards * shape.tokens)
 
 
 def spread(items: Sequence[Item], grid: Grid, branches: Branches) -> list[list[Item]]:
     """The rows of each line, with as equal numbers of tokens as can be had easily."""
 
     def size(item: Item) -> int:
-        texts = (text for kind in branches._fields for text in _branch_texts(item, branches, kind))
+        texts = (text for kind in branches._fields for text in branch_texts(item, branches, kind))
         return len(item.prompt) - 1 + sum(map(len, texts))
 
     groups: list[list[Item]] = [[] for _ in range(grid.microbatches * grid.shards)]
@@ -113,24 +127,27 @@ def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
     for group in groups:
         asked = [len(item.prompt) - 1 for item in group]
         lengths = {
-            name: [len(text) for item in group for text in _branch_texts(item, branches, name)]
+            name: [len(text) for item in group for text in branch_texts(item, branches, name)]
             for name in Branches._fields
         }
         predicting = max(predicting, sum(asked) + sum(lengths["predicting"]))
         tokens = max(tokens, sum(asked) + sum(map(sum, lengths.values())))
         question = max(question, *asked, 0)
         branch = max(branch, *itertools.chain(*lengths.values()), 0)
-    return Shape(_up(predicting), _up(tokens), _up(max(question, 1)), _up(max(branch, 1)))
+    return Shape(
+        round_up(predicting), round_up(tokens), round_up(max(question, 1)), round_up(max(branch, 1))
+    )
 
 
-def _branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
+def branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
     """The branches of one kind; live ones begin with the last token of the prompt."""
     texts: list[Tokens] = [getattr(item, name) for name in getattr(branches, kind)]
     begin = () if kind == "cut" else item.prompt[-1:]
     return [begin + text if text else () for text in texts]
 
 
-def _up(size: int) -> int:
+def round_up(size: int) -> int:
+    """The next of the few sizes that arrays come in."""
     unit = UNIT
     while unit * 32 <= size:
         unit *= 2
@@ -138,14 +155,13 @@ def _up(size: int) -> int:
 
 
 def choose_shapes(
-    needs: Mapping[Shape, int], rows: int, branches: int, limit: int
-) -> dict[Shape, Shape]:
+    needs: Mapping[Sizes, int], cost: Callable[[Sizes], float], limit: int
+) -> dict[Sizes, Sizes]:
     """Merges shapes, the two whose union costs least first, until few are left.
 
     Args:
-      needs: How often each shape is needed.
-      rows: Rows of a line.
-      branches: Branches of a row.
+      needs: How often each shape is needed; a shape is a named tuple of sizes.
+      cost: What a shape costs.
       limit: Shapes in the end, at most.
 
     Returns:
@@ -153,21 +169,16 @@ def choose_shapes(
 
     Example:
       >>> needs = {Shape(64, 128, 16, 16): 9, Shape(80, 112, 16, 16): 9, Shape(640, 900, 16, 32): 1}
-      >>> sorted(set(choose_shapes(needs, 2, 3, 2).values()))[0]
+      >>> sorted(set(choose_shapes(needs, lambda shape: shape.tokens, 2).values()))[0]
       Shape(predicting=80, tokens=128, question=16, branch=16)
     """
-
-    def cost(shape: Shape) -> float:
-        pairs = shape.question**2 + branches * shape.branch * (shape.question + shape.branch)
-        return shape.predicting / 4 + shape.tokens + ELEMENT * rows * pairs
-
     members = {shape: [shape] for shape in needs}
     counts = dict(needs)
     while len(members) > limit:
 
-        def loss(pair: tuple[Shape, Shape]) -> float:
+        def loss(pair: tuple[Sizes, Sizes]) -> float:
             union = cost(_union(*pair))
-            return sum(counts[shape] * (union - cost(shape)) for shape in pair)
+            return float(sum(counts[shape] * (union - cost(shape)) for shape in pair))
 
         x, y = min(itertools.combinations(members, 2), key=loss)
         joined, total = members.pop(x) + members.pop(y), counts.pop(x) + counts.pop(y)
@@ -177,8 +188,9 @@ def choose_shapes(
     return {need: shape for shape, needed in members.items() for need in needed}
 
 
-def _union(x: Shape, y: Shape) -> Shape:
-    return Shape(*map(max, x, y))
+def _union(x: Sizes, y: Sizes) -> Sizes:
+    make: Any = type(x)
+    return make(*map(max, x, y))
 
 
 def pack(
@@ -228,6 +240,8 @@ def pack(
             len(shared) + sum(line.num_put for line in lines),
             len(shared) + sum(line.num_predicting for line in lines),
             len(shared) * (len(shared) + 1) // 2 + sum(line.num_pairs for line in lines),
+            0,  # a decoder reads nothing
+            0,
         )
     ]
     return Batch(**stacked, counts=Counts(*counts))
@@ -274,7 +288,7 @@ class _Line:
         column = 0
         for kind, names in self.kinds._asdict().items():
             for row, item in enumerate(items):
-                texts = _branch_texts(item, self.kinds, kind)
+                texts = branch_texts(item, self.kinds, kind)
                 position = start + len(item.prompt) - (kind != "cut")
                 for index, (name, text) in enumerate(zip(names, texts, strict=True)):
                     place = self._put(text, position)

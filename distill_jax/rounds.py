@@ -167,7 +167,7 @@ def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Les
 
 def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
     """Trains on the round's rationales, unless that is done."""
-    config = school.config
+    config, student = school.config, school.student
     folder = round_folder(school.folder, round_index)
     if (folder / "metrics.jsonl").exists():
         return
@@ -175,9 +175,9 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         _rationales(school, round_index),
         attempts,
         {question.id: question for question in school.questions["train"]},
-        tokenizer=school.student.tokenizer,
+        tokenizer=student.tokenizer,
         prompt=school.prompt,
-        max_length=school.student.model.max_positions,
+        max_length=student.model.max_positions,
         seed=config.seed,
     )
     run_folder.update_round(
@@ -187,21 +187,21 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         dropped_rows=dict(rows.dropped),
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
-        steps=len(make_course(config, school.student.mesh, rows, round_index)),
+        steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
     )
     start = round_index - 1 if config.train.start == "previous" else 0
     with timed(school.folder, round_index, "train"):
-        params = train_round(
+        trained, frozen = train_round(
             config,
-            school.student.model,
-            school.student.mesh,
+            student.weights.model,
+            student.mesh,
             rows,
-            partial(school.student.weights.take, start),
+            partial(student.weights.take, start),
             folder,
             round_index=round_index,
             progress=school.progress,
         )
-    school.student.weights.put(round_index, params)
+    student.weights.put(round_index, trained, frozen)
 
 
 def _rationales(school: School, round_index: int) -> list[Rationale]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,38 @@ from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt, Kind, Question, Split
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
+from distill_jax.student import lora
+from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
+from distill_jax.writer import Writer, make_writer
 
 
 class Weights:
-    """The weights of one round at a time, in memory if they are, else from disk."""
+    """The weights of one round at a time, in memory if they are, else from disk.
 
-    def __init__(self, folder: Path, base: Path, model: ModelConfig, mesh: Mesh):
-        self._folder, self._base, self._model = folder, base, model
+    Attributes:
+      model: What is trained: the student, with its adapters if it has some.
+    """
+
+    def __init__(self, folder: Path, base: Path, model: ModelConfig, mesh: Mesh, *, seed: int):
+        self.model = model
+        self._folder, self._base, self._seed = folder, base, seed
         shapes = abstract_params(model)
         self._layout = shardings(mesh, logical_axes(model), shapes, TRAIN_RULES)
-        self._like = jax.tree.map(
+        like = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=s),
             shapes,
             self._layout,
         )
+        self._base_layout = lora.split(self._layout)[1]
+        self._like = lora.split(like)[0] if model.lora else like
+        self._merge = jax.jit(self._trace_merge, donate_argnums=1, out_shardings=self._base_layout)
         self._held: tuple[int, Params] | None = None
 
     def get(self, round_index: int) -> Params:
-        """The weights after a round; 0 is the untrained student.
+        """The weights after a round, adapters merged into them; 0 is the untrained student.
 
         Raises:
           ValueError: there is no such round, or its weights can't be read.
@@ -50,23 +61,65 @@ class Weights:
             self._held = (round_index, self._load(round_index))
         return self._held[1]
 
-    def take(self, round_index: int) -> Params:
-        """The same, to be used up by the caller."""
+    def take(self, round_index: int) -> tuple[Params, Params | None]:
+        """What to go on training, used up by the caller, and what stays as it is.
+
+        All weights and None; or, where the student has adapters, these and the untrained student.
+        """
+        if self.model.lora:
+            self._held = None
+            return self.get_adapters(round_index), self._load_base()
         params = self.get(round_index)
         self._held = None
-        return params
+        return params, None
 
-    def put(self, round_index: int, params: Params) -> None:
-        """Keeps weights that are on disk already."""
-        self._held = (round_index, params)
+    def put(self, round_index: int, trained: Params, frozen: Params | None) -> None:
+        """Keeps what `take` gave, trained and on disk already; uses up what stayed as it was."""
+        merged = trained if frozen is None else self._merge(trained, frozen)
+        self._held = (round_index, merged)
+
+    def get_adapters(self, round_index: int) -> Params:
+        """The adapters after a round; before any they add nothing.
+
+        Raises:
+          ValueError: there is no such round, or its adapters can't be read.
+        """
+        if round_index:
+            return self._load_checkpoint(round_index)
+        return lora.init_adapters(self.model, jax.random.key(self._seed), self._layout)
 
     def _load(self, round_index: int) -> Params:
         if round_index == 0:
-            return weights.load_params(self._base, self._model, self._layout)
+            return self._load_base()
+        saved = self._load_checkpoint(round_index)
+        return self._merge(saved, self._load_base()) if self.model.lora else saved
+
+    def _trace_merge(self, trained: Params, frozen: Params) -> Params:
+        return lora.merge(self.model, lora.join(trained, frozen))
+
+    def _load_base(self) -> Params:
+        return weights.load_params(self._base, self.model.plain, self._base_layout)
+
+    def _load_checkpoint(self, round_index: int) -> Params:
         path = self._folder / f"round_{round_index:02d}" / "checkpoint"
         if not path.exists():
             raise ConfigError(f"{self._folder} has no finished round {round_index}.")
         return checkpoint.load_params(path, self._like)
+
+
+def open_weights(config: Config, folder: Path, base: Path, mesh: Mesh) -> Weights:
+    """The weights of a run's student, with the adapters that its config asks for.
+
+    Raises:
+      ConfigError: the student has no such matrices.
+    """
+    student, model = config.student, weights.read_model_config(base)
+    if student.lora:
+        try:
+            model = replace(model, lora=Lora(**student.lora.model_dump()))
+        except ValueError as error:
+            raise ConfigError(f"student.lora.targets: {error}") from None
+    return Weights(folder, base, model, mesh, seed=config.seed)
 
 
 @dataclass(frozen=True)
@@ -78,22 +131,26 @@ class Student:
     tokenizer: Tokenizer
     mesh: Mesh
     weights: Weights
-    generate: Generate
+    generate: Generate | Writer
 
 
 def open_student(config: Config, base: Path, folder: Path) -> Student:
     """The student in `base`, whose later rounds lie in the run `folder`; reads no weights yet."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = weights.read_model_config(base)
-    tokenizer = load_tokenizer(str(base))
-    dtype = jnp.dtype(config.student.compute_dtype)
+    tokenizer = load_tokenizer(str(base), ends_prompts=isinstance(model, EncoderDecoderConfig))
+    answers = {"exam": config.exam, "compute_dtype": jnp.dtype(config.student.compute_dtype)}
+    if isinstance(model, EncoderDecoderConfig):
+        generate = make_writer(model, tokenizer, mesh, **answers)
+    else:
+        generate = make_generate(model, tokenizer, mesh, **answers)
     return Student(
         base=base,
         model=model,
         tokenizer=tokenizer,
         mesh=mesh,
-        weights=Weights(folder, base, model, mesh),
-        generate=make_generate(model, tokenizer, mesh, exam=config.exam, compute_dtype=dtype),
+        weights=open_weights(config, folder, base, mesh),
+        generate=generate,
     )
 
 

@@ -31,7 +31,8 @@ class Tokenizer:
       end_id: The id that ends a text, or None where the model has none.
     """
 
-    def __init__(self, published: PreTrainedTokenizerFast):
+    def __init__(self, published: PreTrainedTokenizerFast, *, ends_prompts: bool = False):
+        """Wraps a tokenizer; `ends_prompts` puts the end token behind them, as encoders read it."""
         self._published = published
         anchors = ((text, self._encode(text)) for text in _ANCHORS)
         self._anchors = [(text, ids, self._raw_decode(ids)) for text, ids in anchors]
@@ -41,6 +42,7 @@ class Tokenizer:
         self._begin = whole[:start]  # some families also end a text; a prompt is never at its end
         self.begin_id = self._begin[0] if self._begin else self._id_of(published.bos_token)
         self.end_id = self._id_of(published.eos_token)
+        self._prompt_end = [self.end_id] if ends_prompts and self.end_id is not None else []
         self.num_tokens = len(published)
         while _PLACEHOLDER.fullmatch(str(published.convert_ids_to_tokens(self.num_tokens - 1))):
             self.num_tokens -= 1
@@ -67,15 +69,15 @@ class Tokenizer:
         A beginning token stands exactly where the published tokenizer puts one; what looks like a
         special token in `text` is text.
         """
-        return self._begin + self._encode(text)
+        return [*self._begin, *self._encode(text), *self._prompt_end]
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
-        """The ids that follow `encode_prompt(prompt)`, with the end token if there is one.
+        """The ids that follow those of `prompt`, with the end token if there is one.
 
         Where tokens would run across the boundary, the prompt keeps the ids that it has at exam
         time and the target is split on its own, as text in mid-line.
         """
-        before, joint = self.encode_prompt(prompt), self.encode_prompt(prompt + target)
+        before, joint = self._encode(prompt), self._encode(prompt + target)
         ids = joint[len(before) :] if joint[: len(before)] == before else self._continue(target)
         return ids if self.end_id is None else [*ids, self.end_id]
 
@@ -109,11 +111,12 @@ class Tokenizer:
         return self._published.backend_tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, ends_prompts: bool = False) -> Tokenizer:
     """Reads the tokenizer of a model.
 
     Args:
       name: The model's directory, as `weights.find_model` gives it.
+      ends_prompts: Whether a prompt has an end token, as an encoder reads it.
 
     Raises:
       ValueError: the directory holds no tokenizer, or a broken one.
@@ -125,9 +128,11 @@ def load_tokenizer(name: str) -> Tokenizer:
             json.loads(file.read_text())  # the reader below would not name the file
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}.") from None
-        return Tokenizer(_find_class(directory).from_pretrained(name))
+        published = _find_class(directory).from_pretrained(name)
+        return Tokenizer(published, ends_prompts=ends_prompts)
     if any((directory / older).is_file() for older in OLDER_FILES):
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(name))
+        published = transformers.AutoTokenizer.from_pretrained(name)
+        return Tokenizer(published, ends_prompts=ends_prompts)
     raise ValueError(f"{name} holds no tokenizer.json; a student needs one beside its weights.")
 
 

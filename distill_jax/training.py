@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from distill_jax import packing, plain_packing
 from distill_jax.batches import Course, Rows
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
 from distill_jax.config import Config
 from distill_jax.packing import make_grid
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
+from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.flops import peak_flops, step_flops
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.objective import Objective
@@ -45,12 +47,12 @@ def train_round(
     model: ModelConfig,
     mesh: Mesh,
     rows: Rows,
-    load: Callable[[], Params],
+    load: Callable[[], tuple[Params, Params | None]],
     folder: Path,
     *,
     round_index: int,
     progress: Progress,
-) -> Params:
+) -> tuple[Params, Params | None]:
     """Trains on the rows of a round, and leaves `checkpoint/` and `metrics.jsonl` in `folder`.
 
     Optimiser and warmup begin anew each round, as in the original.
@@ -60,13 +62,13 @@ def train_round(
       model: What the student looks like.
       mesh: Where its weights lie.
       rows: What to train on.
-      load: Gives the weights that the round begins with; they are used up.
+      load: Gives the weights that are trained, which are used up, and those that are not.
       folder: The round's folder.
       round_index: From 1.
       progress: Where to show the steps.
 
     Returns:
-      The trained weights.
+      The trained weights, and the others.
 
     Raises:
       TrainingDiverged: a loss is not a number. The states saved before it are kept.
@@ -76,10 +78,10 @@ def train_round(
         train.learning_rates[min(round_index, len(train.learning_rates)) - 1], train.warmup_steps
     )
     optimizer = make_optimizer(schedule, train.weight_decay)
-    course = make_course(config, mesh, rows, round_index)
-    params = load()
-    reference = _copy(params, config) if course.objective.reflection == "dpo" else None
-    state, layout = init_state(params, optimizer, mesh)
+    course = make_course(config, model, mesh, rows, round_index)
+    trained, frozen = load()
+    reference = _copy(trained, config) if course.objective.reflection == "dpo" else None
+    state, layout = init_state(trained, optimizer, mesh)
     step = make_step(
         model,
         optimizer,
@@ -99,7 +101,7 @@ def train_round(
         title = f"training, round {round_index}"
         with progress.stage(title, total=total, unit="steps", done=done) as advance:
             for index, (epoch, batch) in enumerate(course.batches(done), start=done):
-                state, metrics = step(state, put_batch(batch, mesh), reference)
+                state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
                 facts = {
                     "step": index,
                     "epoch": epoch,
@@ -115,10 +117,12 @@ def train_round(
     save_params(folder / "checkpoint", state.params)
     figures.finish()
     shutil.rmtree(folder / "training")
-    return state.params
+    return state.params, frozen
 
 
-def make_course(config: Config, mesh: Mesh, rows: Rows, round_index: int) -> Course:
+def make_course(
+    config: Config, model: ModelConfig, mesh: Mesh, rows: Rows, round_index: int
+) -> Course:
     """All batches of a round."""
     train, shards = config.train, num_row_shards(mesh)
     microbatches = train.batch_size // train.microbatch_size
@@ -130,6 +134,7 @@ def make_course(config: Config, mesh: Mesh, rows: Rows, round_index: int) -> Cou
         seed=config.seed,
         round_index=round_index,
         epochs=train.epochs,
+        packing=plain_packing if isinstance(model, EncoderDecoderConfig) else packing,
     )
 
 
@@ -140,12 +145,9 @@ def _copy(params: Params, config: Config) -> Params:
 
 
 def _tell_shapes(course: Course) -> str:
-    shapes = sorted(set(course.shapes.values()))
-    sizes = ", ".join(
-        f"{len(course.rows.shared) + course.grid.shards * x.tokens:,}" for x in shapes
-    )
-    programs = f"{len(shapes)} programs are" if len(shapes) > 1 else "1 program is"
-    return f"{programs} compiled, for {sizes} tokens a step"
+    sizes = course.sizes
+    programs = f"{len(sizes)} programs are" if len(sizes) > 1 else "1 program is"
+    return f"{programs} compiled, for {', '.join(f'{size:,}' for size in sizes)} tokens a step"
 
 
 def make_objective(config: Config) -> Objective:

@@ -48,7 +48,7 @@ def write(path: Path, values: dict) -> Path:
         ({"teacher": {"price_usd": [1.0, 2.0]}}, "teacher.budget_usd is the most this run may"),
         ({"student": {"model": "scratch"}}, "makes a student that reads arithmetic only"),
         ({"student": {}}, "student.model is missing; it has no default."),
-        ({"train": {"learning_rates": []}}, "at least one; got none."),
+        ({"train": {"learning_rates": []}}, "at least 1 item after validation, not 0; got"),
     ],
 )
 def test_what_is_wrong_gets_one_sentence(change: dict, sentence: str):

@@ -12,20 +12,21 @@ records config numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions
 prompts tokenizer
-student.sharding student.architecture student.attention student.blocks student.model
-student.losses student.tree student.objective student.flops student.step
-student.sampling student.decode
+student.sharding student.architecture student.attention student.blocks student.encoder_decoder
+student.model student.lora
+student.losses student.tree student.plain student.objective student.flops student.step
+student.sampling student.decode student.writing
 families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
-families.opt families
+families.opt families.t5 families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
-weights
-run_folder progress checkpoint slots engine generate exam
+weights adapters
+run_folder progress checkpoint slots engine generate writer exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
-packing batches scratch
+packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
 training school teaching plan rounds model_card exchange replay ledger_commands cli __main__

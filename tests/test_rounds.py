@@ -81,8 +81,8 @@ class Runs:
         assert json.loads(out)["phase"] == "done"
         return self.folder / name
 
-    def kill_when(self, name: str, seen: Callable[[], bool]) -> None:
-        process = self.start(name)
+    def kill_when(self, name: str, seen: Callable[[], bool], *settings: str) -> None:
+        process = self.start(name, *settings)
         while not seen():
             assert process.poll() is None, f"ended too soon: {process.communicate()}"
             time.sleep(0.005)

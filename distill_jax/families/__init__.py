@@ -11,6 +11,7 @@ from distill_jax.families.mistral import MISTRAL
 from distill_jax.families.opt import OPT
 from distill_jax.families.qwen2 import QWEN2
 from distill_jax.families.qwen3 import QWEN3
+from distill_jax.families.t5 import T5
 from distill_jax.families.table import Family
 
 FAMILIES: dict[str, Family] = {
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         GEMMA2,
         GEMMA3,
         MISTRAL,
+        T5,
     )
 }
 """In the order in which a home for a model of our own is looked for."""

@@ -160,7 +160,7 @@ def _published_arrays(
     for place in placements:
         sharing.setdefault(place.names, []).append(place)
     for names, places in sharing.items():
-        weights = [_to_host(flat[place.path]) for place in places]
+        weights = [to_host(flat[place.path]) for place in places]
         for layer, name in enumerate(names):
             array = np.empty(places[0].shape, dtype)
             for place, weight in zip(places, weights, strict=True):
@@ -168,7 +168,8 @@ def _published_arrays(
             yield name, array
 
 
-def _to_host(weight: jax.Array) -> np.ndarray:
+def to_host(weight: jax.Array) -> np.ndarray:
+    """A weight as one array, wherever its parts lie; every process calls this."""
     if weight.is_fully_addressable:
         return np.asarray(weight)
     return np.asarray(multihost_utils.process_allgather(weight, tiled=True))

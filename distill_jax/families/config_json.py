@@ -32,6 +32,8 @@ def find_family_for(config: ModelConfig) -> Family:
       ValueError: none can.
     """
     for family in FAMILIES.values():
+        if family.config is not type(config):
+            continue
         if read_config(family, write_config(family, config, {})) == config:
             return family
     raise ValueError(f"no family of {', '.join(FAMILIES)} can hold {config}.")
@@ -54,7 +56,7 @@ def read_config(family: Family, published: Mapping[str, Any]) -> ModelConfig:
                 f"{key} must be {' or '.join(map(repr, values))} for {family.architecture}; "
                 f"got {said[0]!r}, which is not computed here."
             )
-    return ModelConfig(**_read_fields(family, published))
+    return family.config(**_read_fields(family, published))
 
 
 def write_config(

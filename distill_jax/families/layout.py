@@ -95,10 +95,11 @@ class Placement:
 def find_placements(config: ModelConfig, family: Family) -> list[Placement]:
     """One for each weight of a model, in the order of the family's table."""
     shapes, axes_of = flatten(abstract_params(config)), flatten(logical_axes(config))
-    unlisted = shapes.keys() - family.weights.keys()
+    table = {**family.weights, **(family.gated if config.gated_mlp else {})}
+    unlisted = shapes.keys() - table.keys()
     assert not unlisted, f"the table of {family.architecture} misses {unlisted}"
     placements = []
-    for path, (name, layout) in family.weights.items():
+    for path, (name, layout) in table.items():
         if path not in shapes:
             continue
         sizes = dict(zip(axes_of[path], shapes[path].shape, strict=True))

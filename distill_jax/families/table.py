@@ -1,8 +1,10 @@
 """What a family's table says: where its config keeps each field, and its names and layouts."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from distill_jax.student.architecture import ModelConfig
 
 Known = Mapping[str, Any]
 """The fields of `ModelConfig` that are listed before the one being read."""
@@ -50,6 +52,8 @@ class Family:
       prefix: What some files leave out in front of the names.
       weights: Our path to (published name, layout); `{}` in a name is the layer.
       ignored: Patterns of arrays that hold nothing learnt.
+      config: What `fields` make.
+      gated: Entries of `weights` that are others where the MLP is gated.
     """
 
     architecture: str
@@ -59,6 +63,8 @@ class Family:
     prefix: str
     weights: Mapping[str, tuple[str, str]]
     ignored: tuple[str, ...] = ()
+    config: type[ModelConfig] = ModelConfig
+    gated: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def derived(value: Callable[[Known], Any] | Any) -> Field:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -38,6 +38,33 @@ class RopeScaling:
     bands: tuple[float, float, int] | None = None
 
 
+ADAPTABLE = ("query", "key", "value", "out", "up", "gate", "down")
+"""The matrices of a block, which low-rank adapters may be put beside."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: a matrix W computes with `W + alpha / rank * A B`, and only A and B learn.
+
+    Attributes:
+      rank: Columns of A and rows of B.
+      alpha: What they add is multiplied by `alpha / rank`.
+      targets: Names of the matrices in every block that have them, of `ADAPTABLE`.
+
+    Source:
+      Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a decoder is made of.
@@ -64,7 +91,8 @@ class ModelConfig:
       shared_norm: Whether a parallel block has one norm for both.
       activation: Of the MLP, a key of `ACTIVATIONS`.
       gated_mlp: Whether a second matrix gates the first.
-      positions: `rotary` turns queries and keys, `learned` adds a vector to the embedding.
+      positions: `rotary` turns queries and keys, `learned` adds a vector to the embedding;
+        `relative`, of encoder-decoders, adds to scores what their distance is worth.
       position_offset: Rows of the learned positions that come before position 0.
       rotary_dims: Dims of a head, the first ones, that are turned; None turns all.
       rotary_interleaved: Whether neighbouring dims make a pair, not dims half a head apart.
@@ -76,11 +104,13 @@ class ModelConfig:
       query_scalar: Queries are divided by its square root; None stands for `head_dim`.
       attention_cap: Scores of attention are bent into plus or minus this; None leaves them.
       logit_cap: The same for the scores of tokens to come, before their bias.
+      head_scale: States are multiplied by it before the output projection.
       attention_bias: Whether queries, keys and values have biases.
       out_bias: Whether what attention gives has one.
       mlp_bias: Whether the matrices of the MLP have biases.
       tied_head: Whether the output projection is the embedding.
       head_bias: Whether the output projection has a bias.
+      lora: The adapters that its matrices have; None for none.
     """
 
     vocab_size: int
@@ -103,7 +133,7 @@ class ModelConfig:
     shared_norm: bool = False
     activation: str = "silu"
     gated_mlp: bool = True
-    positions: Literal["rotary", "learned"] = "rotary"
+    positions: Literal["rotary", "learned", "relative"] = "rotary"
     position_offset: int = 0
     rotary_dims: int | None = None
     rotary_interleaved: bool = False
@@ -114,12 +144,14 @@ class ModelConfig:
     local_rope_theta: float | None = None
     query_scalar: float | None = None
     attention_cap: float | None = None
+    head_scale: float = 1.0
     logit_cap: float | None = None
     attention_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tied_head: bool = False
     head_bias: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -139,6 +171,14 @@ class ModelConfig:
                 f"got {len(self.local_layers)}."
             )
 
+        if self.lora and "gate" in self.lora.targets and not self.gated_mlp:
+            raise ValueError("adapters are asked for on gate, but no matrix gates this MLP.")
+
+    @property
+    def plain(self) -> "ModelConfig":
+        """The same without adapters."""
+        return replace(self, lora=None)
+
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding as held in memory."""
@@ -148,3 +188,23 @@ class ModelConfig:
     def turned_dims(self) -> int:
         """Dims of a head that rotary positions turn."""
         return self.head_dim if self.rotary_dims is None else self.rotary_dims
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig(ModelConfig):
+    """What a decoder is made of, and the encoder whose states it attends to.
+
+    What `ModelConfig` says holds for both, but `layers` are those of the decoder. Positions are
+    relative, so that no text is too long.
+
+    Attributes:
+      encoder_layers: Blocks of the encoder.
+      buckets: Distances are told apart in so many buckets, half of them for near ones.
+      max_distance: Distances from here on are one bucket.
+      start_id: The token that every text of the decoder begins with, not counted in the text.
+    """
+
+    encoder_layers: int = 1
+    buckets: int = 32
+    max_distance: int = 128
+    start_id: int = 0

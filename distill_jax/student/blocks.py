@@ -6,19 +6,35 @@ or keys.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distill_jax.student.architecture import ACTIVATIONS, ModelConfig
+from distill_jax.student.architecture import ACTIVATIONS, Lora, ModelConfig
 from distill_jax.student.attention import Turns, rotate
 
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
 queries, and whatever the caller keeps: who sees whom is the caller's business."""
+
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass recomputes of a block: nothing, all but the products with weights (so
+attention and everything of elements), or all of it. The first needs most memory, the last most
+time; on a CPU the second is the fastest, too, as writing and reading costs more than computing."""
+
+_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def recompute(step: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The step of a scan over blocks, of which the backward pass recomputes what `remat` says."""
+    if remat == "none":
+        return step
+    return jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[remat])
 
 
 def matrix(rngs: nnx.Rngs, axes: dict[str, int], *, std: float) -> nnx.Param:
@@ -37,16 +53,55 @@ def add(x: Array, bias: nnx.Param | None) -> Array:
     return x if bias is None else x + jnp.broadcast_to(bias[...].astype(x.dtype), x.shape)
 
 
-def multiply(x: Array, weight: nnx.Param, bias: nnx.Param | None = None, *, dims: int = 1) -> Array:
+class Adapter(nnx.Module):
+    """Two thin matrices beside a large one; it is born as nothing, since `b` is zero."""
+
+    def __init__(self, rngs: nnx.Rngs, enter: dict[str, int], leave: dict[str, int], *, lora: Lora):
+        self.scale, rank = lora.scale, {"rank": lora.rank}
+        self.a = matrix(rngs, enter | rank, std=math.prod(enter.values()) ** -0.5)
+        self.b = constant(rank | leave, 0.0)
+
+    def __call__(self, x: Float[Array, "tokens i"]) -> Float[Array, "tokens o"]:
+        a, b = (weight[...].astype(x.dtype) for weight in (self.a, self.b))
+        thin = x @ a.reshape(x.shape[-1], -1)
+        return (thin * self.scale) @ b.reshape(thin.shape[-1], -1)
+
+
+def adapt(
+    rngs: nnx.Rngs,
+    name: str,
+    enter: dict[str, int],
+    leave: dict[str, int],
+    *,
+    config: ModelConfig,
+) -> Adapter | None:
+    """The adapter of the matrix `name` from axes `enter` to axes `leave`, if it has one."""
+    if config.lora is None or name not in config.lora.targets:
+        return None
+    return Adapter(rngs, enter, leave, lora=config.lora)
+
+
+def multiply(
+    x: Array,
+    weight: nnx.Param,
+    bias: nnx.Param | None = None,
+    adapter: Adapter | None = None,
+    *,
+    dims: int = 1,
+) -> Array:
     """The product over the last `dims` dims of `x` and the first of `weight`.
 
-    All tokens are one dim while it runs: XLA's CPU backend differentiates products of plain
-    matrices up to 1.6 times faster than those of three dims.
+    What an adapter adds is computed from `x`: no other large matrix is made. All tokens are one dim
+    while it runs: XLA's CPU backend differentiates products of plain matrices up to 1.6 times
+    faster than those of three dims.
     """
     array = weight[...].astype(x.dtype)
     tokens, out = x.shape[: x.ndim - dims], array.shape[dims:]
-    flat = x.reshape(math.prod(tokens), -1) @ array.reshape(-1, math.prod(out))
-    return add(flat.reshape(*tokens, *out), bias)
+    flat = x.reshape(math.prod(tokens), -1)
+    product = flat @ array.reshape(-1, math.prod(out))
+    if adapter is not None:
+        product += adapter(flat)
+    return add(product.reshape(*tokens, *out), bias)
 
 
 class Norm(nnx.Module):
@@ -84,16 +139,36 @@ class Attention(nnx.Module):
         self.key_bias = constant(keys, 0.0) if biased else None
         self.value_bias = constant(keys, 0.0) if biased else None
         self.out_bias = constant({"norm": config.width}, 0.0) if config.out_bias else None
+        adapter = partial(adapt, rngs, config=config)
+        self.query_adapter = adapter("query", width, queries)
+        self.key_adapter = adapter("key", width, keys)
+        self.value_adapter = adapter("value", width, keys)
+        self.out_adapter = adapter("out", queries, width)
         self.query_norm = Norm(config, size) if config.query_key_norm else None
         self.key_norm = Norm(config, size) if config.query_key_norm else None
 
     def __call__(
         self, x: Float[Array, "B L D"], turns: Turns | None, look: Look
     ) -> tuple[Float[Array, "B L D"], Any]:
-        query = self._place(multiply(x, self.query, self.query_bias), self.query_norm, turns)
-        key = self._place(multiply(x, self.key, self.key_bias), self.key_norm, turns)
-        mixed, kept = look(query, key, multiply(x, self.value, self.value_bias))
-        return multiply(mixed, self.out, self.out_bias, dims=2), kept
+        mixed, kept = look(self.ask(x, turns), *self.offer(x, turns))
+        return self.finish(mixed), kept
+
+    def ask(self, x: Float[Array, "B L D"], turns: Turns | None) -> Float[Array, "B L n H"]:
+        """The queries of tokens."""
+        query = multiply(x, self.query, self.query_bias, self.query_adapter)
+        return self._place(query, self.query_norm, turns)
+
+    def offer(
+        self, x: Float[Array, "B L D"], turns: Turns | None
+    ) -> tuple[Float[Array, "B L n H"], Float[Array, "B L n H"]]:
+        """The keys and values of tokens."""
+        key = multiply(x, self.key, self.key_bias, self.key_adapter)
+        value = multiply(x, self.value, self.value_bias, self.value_adapter)
+        return self._place(key, self.key_norm, turns), value
+
+    def finish(self, mixed: Float[Array, "B L n H"]) -> Float[Array, "B L D"]:
+        """The change of the state, from what attention mixed."""
+        return multiply(mixed, self.out, self.out_bias, self.out_adapter, dims=2)
 
     def _place(
         self, x: Float[Array, "B L n H"], norm: Norm | None, turns: Turns | None
@@ -115,15 +190,19 @@ class Mlp(nnx.Module):
         self.up_bias = constant(inside, 0.0) if biased else None
         self.gate_bias = constant(inside, 0.0) if biased and gated else None
         self.down_bias = constant({"norm": config.width}, 0.0) if biased else None
+        adapter = partial(adapt, rngs, config=config)
+        self.up_adapter = adapter("up", width, inside)
+        self.gate_adapter = adapter("gate", width, inside)
+        self.down_adapter = adapter("down", inside, width)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         bend = ACTIVATIONS[self.activation]
-        inside = multiply(x, self.up, self.up_bias)
+        inside = multiply(x, self.up, self.up_bias, self.up_adapter)
         if self.gate is None:
             inside = bend(inside)
         else:
-            inside *= bend(multiply(x, self.gate, self.gate_bias))
-        return multiply(inside, self.down, self.down_bias)
+            inside *= bend(multiply(x, self.gate, self.gate_bias, self.gate_adapter))
+        return multiply(inside, self.down, self.down_bias, self.down_adapter)
 
 
 class Block(nnx.Module):

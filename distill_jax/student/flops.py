@@ -1,8 +1,10 @@
 """Arithmetic of the student: what a step costs, and what a device could do."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
-from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.tree import Counts
 
 PEAK_FLOPS: Mapping[str, float] = {
@@ -56,10 +58,29 @@ def forward_flops(config: ModelConfig, *, tokens: float, predictions: float, pai
 
 
 def step_flops(config: ModelConfig, counts: Counts) -> float:
-    """Operations that a step has to do, forward and backward, without padding or recomputing."""
-    return 3 * forward_flops(
+    """Operations that a step has to do, forward and backward, without padding or recomputing.
+
+    Where only adapters are trained, the large matrices have no gradient, and adapters cost next to
+    nothing.
+    """
+    count = partial(
+        forward_flops,
         config,
-        tokens=float(counts.useful),
+        tokens=float(counts.useful - counts.read),
         predictions=float(counts.predictions),
-        pairs=float(counts.pairs),
     )
+    matrices, everything = count(pairs=0.0), count(pairs=float(counts.pairs))
+    if isinstance(config, EncoderDecoderConfig):
+        read, pairs = float(counts.read), float(counts.read_pairs)
+        written = float(counts.useful) - read
+        added = _cross_flops(config, read=read, written=written)
+        encoder = replace(config, layers=config.encoder_layers)
+        encode = partial(forward_flops, encoder, tokens=read, predictions=0.0)
+        matrices += added + encode(pairs=0.0)
+        everything += added + encode(pairs=pairs)
+    return 3 * everything - matrices if config.lora else 3 * everything
+
+
+def _cross_flops(config: EncoderDecoderConfig, *, read: float, written: float) -> float:
+    """Of the matrices between decoder and encoder: two for the tokens of either."""
+    return 4.0 * config.layers * config.width * config.head_dim * config.heads * (read + written)

@@ -1,4 +1,6 @@
-"""The decoder: all weights of a student, one forward pass, and the scores of tokens to come.
+"""The decoder: all its weights, one forward pass, and the scores of tokens to come.
+
+What declares, makes and names weights, and what scores tokens, serves encoder-decoders as well.
 
 Letters: N layers, B rows, L tokens of a row, G groups of a segment, T tokens of a segment, K key
 and value heads, H head dim, D width, E length of an embedding, V padded vocabulary.
@@ -6,7 +8,7 @@ and value heads, H head dim, D width, E length of an embedding, V padded vocabul
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +16,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.attention import Route, Stretch, Turned, Turns, attend, make_turns
-from distill_jax.student.blocks import Block, Norm, constant, matrix, multiply
+from distill_jax.student.blocks import Block, Norm, Remat, constant, matrix, multiply, recompute
+from distill_jax.student.encoder_decoder import EncoderDecoder
 
 Params = dict[str, Any]
 """Weights as nested dicts of arrays, those of all layers stacked on axis 0."""
-
-
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass recomputes of a block: nothing, all but the products with weights (so
-attention and everything of elements), or all of it. The first needs most memory, the last most
-time; on a CPU the second is the fastest, too, as writing and reading costs more than computing."""
-
-_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
 class Segment(NamedTuple):
@@ -49,7 +44,7 @@ class Segment(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """All weights of a student; the blocks are stacked on an axis named `layers`."""
+    """All weights of a decoder; the blocks are stacked on an axis named `layers`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         width, vocab = {"embed": config.width}, {"vocab": config.padded_vocab}
@@ -93,11 +88,23 @@ class Decoder(nnx.Module):
         return x if self.project_out is None else multiply(x, self.project_out)
 
 
+def _make(config: ModelConfig, rngs: nnx.Rngs) -> Decoder | EncoderDecoder:
+    """The student that a config describes."""
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoder(config, rngs)
+    return Decoder(config, rngs)
+
+
 @functools.cache
 def _declare(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure, and its weights as shapes only."""
+    """A student's structure, and its weights as shapes only."""
     with nnx.use_eager_sharding(False):  # axes are named here; the mesh comes later
-        return nnx.split(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
+        return nnx.split(nnx.eval_shape(lambda: _make(config, nnx.Rngs(0))))
+
+
+def with_params(config: ModelConfig, params: Params) -> Any:
+    """The module that a config describes, with its weights."""
+    return nnx.merge(_declare(config)[0], params)
 
 
 def abstract_params(config: ModelConfig) -> Params:
@@ -127,7 +134,7 @@ def init_params(config: ModelConfig, key: PRNGKeyArray, shardings: Any) -> Param
 
     def init(key: PRNGKeyArray) -> Params:
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(params=key))))
+            return nnx.to_pure_dict(nnx.state(_make(config, nnx.Rngs(params=key))))
 
     return jax.jit(init, out_shardings=shardings)(key)
 
@@ -213,7 +220,7 @@ def run_blocks(
     Returns:
       As `forward`, and what `look` kept, the layers on axis 0.
     """
-    model = nnx.merge(_declare(config)[0], params)
+    model = with_params(config, params)
     turns = _turns(config, positions)
 
     def step(x: Array, layer: tuple[Block, Array | None, Any]) -> tuple[Array, Any]:
@@ -221,11 +228,10 @@ def run_blocks(
         x, kept = block(x, _choose(turns, local), functools.partial(look, local, parts))
         return constrain(x), kept
 
-    if remat != "none":
-        step = jax.checkpoint(step, prevent_cse=False, policy=_POLICIES[remat])
     local = jnp.array(config.local_layers) if any(config.local_layers) else None
     x = constrain(model.embed(tokens, positions, compute_dtype))
-    x, kept = jax.lax.scan(step, x, (model.blocks, local, pairs), unroll=unroll)
+    layers = (model.blocks, local, pairs)
+    x, kept = jax.lax.scan(recompute(step, remat), x, layers, unroll=unroll)
     return model.finish(x), kept
 
 
@@ -302,6 +308,7 @@ def logits(
 ) -> Float32[Array, "*rows V"]:
     """Scores of every token to come; -inf for the rows that pad the vocabulary."""
     weight, bias = head(config, params)
+    hidden = hidden * config.head_scale
     scores = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if config.logit_cap is not None:
         scores = config.logit_cap * jnp.tanh(scores / config.logit_cap)

@@ -7,7 +7,7 @@ B rows, D width.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Int
 
 from distill_jax.student.losses import dpo_costs, prediction_costs, ranking_costs, triplet_costs
 from distill_jax.student.model import ModelConfig, Params, logits
-from distill_jax.student.tree import Batch
+from distill_jax.student.plain import AnyBatch
 
 Reflection = Literal["triplet", "ranking", "dpo", "none"]
 LIKELIHOODS = ("ranking", "dpo")
 """Those that compare likelihoods of anchor and negative, not states."""
 
-States = Callable[[Params, Batch], Float[Array, "S T D"]]
-"""`student.tree.tree_states` with the student and its layout bound."""
+States = Callable[[Params, Any], Float[Array, "S T D"]]
+"""`tree.tree_states` or `plain.plain_states` with the student and its layout bound."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Losses(NamedTuple):
 def losses(
     config: ModelConfig,
     params: Params,
-    batch: Batch,
+    batch: AnyBatch,
     objective: Objective,
     *,
     states: States,
@@ -106,7 +106,7 @@ def losses(
 
 
 def _costs(
-    config: ModelConfig, params: Params, batch: Batch, hidden: Float[Array, "S T D"]
+    config: ModelConfig, params: Params, batch: AnyBatch, hidden: Float[Array, "S T D"]
 ) -> Float[Array, "S C"]:
     """`-log p` of every target."""
     first = hidden[:, : batch.targets.shape[1]]
@@ -114,7 +114,7 @@ def _costs(
 
 
 def _likelihoods(
-    batch: Batch, costs: Float[Array, "S C"]
+    batch: AnyBatch, costs: Float[Array, "S C"]
 ) -> tuple[Float[Array, "S B"], Float[Array, "S B"], tuple[Array, Array]]:
     """`log p` of every anchor and negative behind its prompt, and their lengths in tokens."""
     rows = batch.valid.shape[1]

@@ -24,6 +24,8 @@ EXAM_RULES: Mapping[str, str | None] = {
     "positions": None,
     "embedding": None,
     "norm": None,
+    "rank": None,
+    "buckets": None,
 }
 """Weights whole on every device but for the tensor axis: decoding never gathers them."""
 

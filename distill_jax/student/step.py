@@ -15,17 +15,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
+from distill_jax.student.architecture import EncoderDecoderConfig
+from distill_jax.student.lora import join
 from distill_jax.student.model import ModelConfig, Params, Remat, run_blocks
 from distill_jax.student.objective import Losses, Objective, States, losses
+from distill_jax.student.plain import AnyBatch, plain_states
 from distill_jax.student.sharding import BATCH
-from distill_jax.student.tree import Batch, tree_states
+from distill_jax.student.tree import tree_states
 
 
 class TrainState(NamedTuple):
     """Everything that the step updates."""
 
     step: Int[Array, ""]
-    params: Params
+    params: Params  # those that are trained: all of them, or adapters
     opt_state: optax.OptState
 
 
@@ -58,27 +61,31 @@ def make_optimizer(schedule: optax.Schedule, weight_decay: float) -> optax.Gradi
 def gradients(
     config: ModelConfig,
     params: Params,
-    batch: Batch,
+    batch: AnyBatch,
     objective: Objective,
     *,
     states: States,
+    frozen: Params | None = None,
     reference: Params | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """The gradient of the combined loss, and both losses.
 
     The loss is `lm / predicted tokens + weight * reflection / valid rows`, each sum over the whole
     batch. The counts are known beforehand, so microbatches add up to exactly the gradient of the
-    whole batch and never to a mean of means. Args as in `objective.losses`; `batch` has its axis M.
+    whole batch and never to a mean of means. Args as in `objective.losses`; `batch` has its axis M,
+    and `frozen` is what `params` and `reference` are a part of, if there is more to a student.
     """
-    counts = batch.counts
+    counts, rest = batch.counts, frozen or {}
+    before = None if reference is None else join(rest, reference)
 
-    def loss_fn(params: Params, part: Batch) -> tuple[Array, Losses]:
-        sums = losses(config, params, part, objective, states=states, reference=reference)
+    def loss_fn(params: Params, part: AnyBatch) -> tuple[Array, Losses]:
+        whole = join(rest, params)
+        sums = losses(config, whole, part, objective, states=states, reference=before)
         lm = sums.lm / counts.predicted
         reflection = sums.reflection / jnp.maximum(counts.valid, 1.0)
         return lm + objective.reflection_weight * reflection, Losses(lm, reflection)
 
-    def add(total: tuple[Params, Losses], part: Batch) -> tuple[tuple[Params, Losses], None]:
+    def add(total: tuple[Params, Losses], part: AnyBatch) -> tuple[tuple[Params, Losses], None]:
         grads, parts = jax.grad(loss_fn, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, total, (grads, parts)), None
 
@@ -97,7 +104,7 @@ def gradients(
     }
 
 
-def _without_counts(batch: Batch, index: int | None = None) -> Batch:
+def _without_counts(batch: AnyBatch, index: int | None = None) -> AnyBatch:
     """What has an axis M, or one microbatch of it."""
     rest = batch._replace(counts=None)  # pyright: ignore
     return rest if index is None else jax.tree.map(lambda x: x[index], rest)
@@ -105,7 +112,8 @@ def _without_counts(batch: Batch, index: int | None = None) -> Batch:
 
 def train_step(
     state: TrainState,
-    batch: Batch,
+    batch: AnyBatch,
+    frozen: Params | None = None,
     reference: Params | None = None,
     *,
     config: ModelConfig,
@@ -113,9 +121,17 @@ def train_step(
     objective: Objective,
     states: States,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update: state and batch in, state and figures out."""
+    """One update: state and batch in, state and figures out.
+
+    Args:
+      state: What is updated.
+      batch: From `put_batch`.
+      frozen: Weights that are used and not trained; None where all are trained.
+      reference: As `state.params` was when the round began; for DPO only.
+      config, optimizer, objective, states: As in `make_step`.
+    """
     grads, figures = gradients(
-        config, state.params, batch, objective, states=states, reference=reference
+        config, state.params, batch, objective, states=states, frozen=frozen, reference=reference
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -146,7 +162,7 @@ def make_step(
 def bind_states(
     config: ModelConfig, mesh: Mesh, *, compute_dtype: jnp.dtype, remat: Remat
 ) -> States:
-    """`tree_states(params, batch)` with lines kept spread over the mesh."""
+    """What computes the states of a batch, spread over the mesh: the student's kind decides."""
     lines = NamedSharding(mesh, BATCH)
 
     def constrain(hidden: Array) -> Array:
@@ -157,6 +173,8 @@ def bind_states(
         layout = NamedSharding(mesh, PartitionSpec(None, *rest))
         return jax.lax.with_sharding_constraint(shared, layout)
 
+    if isinstance(config, EncoderDecoderConfig):
+        return partial(plain_states, config, dtype=compute_dtype, remat=remat, constrain=constrain)
     run = partial(run_blocks, config, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
     return partial(tree_states, config, run=run, gather=gather)
 
@@ -185,7 +203,7 @@ def num_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
     """The batch on the devices: each line on its own, counts everywhere."""
     lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     everywhere = NamedSharding(mesh, PartitionSpec())

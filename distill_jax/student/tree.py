@@ -42,6 +42,8 @@ class Counts(NamedTuple):
     useful: Float[Array, ""]  # tokens on the lines, those of demonstrations once
     predictions: Float[Array, ""]  # of these, how many may predict something
     pairs: Float[Array, ""]  # a token and one that it sees, itself included
+    read: Float[Array, ""]  # tokens of an encoder, which `useful` counts too
+    read_pairs: Float[Array, ""]  # the encoder's, which `pairs` leaves out
 
 
 class Batch(NamedTuple):
