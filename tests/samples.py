@@ -8,6 +8,7 @@ import numpy as np
 
 from distill_jax.packing import Grid, Item, Shape, Tokens, pack
 from distill_jax.student.objective import Objective
+from distill_jax.student.plain import AnyBatch
 from distill_jax.student.tree import NOWHERE, Batch
 
 SIX = Grid(1, 1, 6)
@@ -62,8 +63,9 @@ class Found(NamedTuple):
     valid: bool
 
 
-def find_rows(batch: Batch) -> Iterator[Found]:
+def find_rows(batch: AnyBatch) -> Iterator[Found]:
     """The rows of a batch, read back from its lines in the order in which they stand there."""
+    assert isinstance(batch, Batch)
     for m, s, b in np.ndindex(*batch.valid.shape):
         line = np.asarray(batch.tokens[m, s])
 

@@ -35,7 +35,7 @@ def server(shared: Path, tmp_path_factory) -> Iterator[tuple[str, str]]:
     """The base URL and the model's name."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"needs the extra `serving`: {', '.join(missing)} not installed")
+        pytest.skip(f"needs the extra `reference`: {', '.join(missing)} not installed")
     model = tmp_path_factory.mktemp("served") / "stories"
     shutil.copytree(shared / "models" / "stories260k", model, copy_function=shutil.copyfile)
     path = model / "tokenizer_config.json"
