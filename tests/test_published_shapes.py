@@ -12,6 +12,16 @@ from distill_jax.families.layout import find_placements
 _OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
 _NEOX = {"model_type": "gpt_neox", "rotary_pct": 0.25, "tie_word_embeddings": False}
 _QWEN = {"vocab_size": 151936, "tie_word_embeddings": True, "use_sliding_window": False}
+_T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 1024,
+    "d_kv": 64,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 16,
+}
 
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "openai-community/gpt2-large": (
@@ -181,6 +191,7 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
             "sliding_window": 4096,
         },
     ),
+    "google-t5/t5-large": (737_668_096, _T5 | {"d_ff": 4096}),
 }
 """By hub id: its number of parameters, and what its `config.json` says of its shape."""
 
@@ -195,7 +206,12 @@ def test_a_published_config_gives_the_published_arrays(name):
     assert sum(map(math.prod, ours.values())) == count
     config = transformers.CONFIG_MAPPING[published["model_type"]](**published)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        kind = (
+            transformers.AutoModelForSeq2SeqLM
+            if config.is_encoder_decoder
+            else transformers.AutoModelForCausalLM
+        )
+        model = kind.from_config(config)
     theirs = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     if "embed_out.weight" in ours:  # what files call the head of GPT-NeoX; transformers renames it
         theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
