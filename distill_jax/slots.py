@@ -186,7 +186,7 @@ class Seating:
         # A prompt is held from before its rows sit down until the last of them has ended.
         held = queue[: 3 * slots // (2 * self._share) + self._together]
         num_pages = sum(prompt.num_pages for prompt in held)
-        self.sizes = Sizes(slots, _rounded(num_pages), _usual_pages(slots))
+        self.sizes = Sizes(slots, padded_length(num_pages), _usual_pages(slots))
         self._desks = [_Desk(self.sizes) for _ in range(desks)]
         self._prompt_width = _padded_pages(ordered[-1].num_pages)
         self._own_width = -(-max(row.limit for p in prompts for row in p.rows) // PAGE)
@@ -272,7 +272,7 @@ class Seating:
         own = max(sum(row.num_pages for row in desk.live) for desk in self._desks)
         _, had_prompts, had_own = self.sizes
         if slots < self.sizes.slots:
-            had_prompts, had_own = _rounded(prompts), _usual_pages(slots)
+            had_prompts, had_own = padded_length(prompts), _usual_pages(slots)
         sizes = Sizes(
             slots,
             had_prompts if prompts <= had_prompts else padded_length(prompts),
