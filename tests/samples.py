@@ -1,14 +1,17 @@
 """Small random samples of training, as rows to pack."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 
 from distill_jax.packing import Grid, Item, Shape, Tokens, pack
 from distill_jax.student.objective import Objective
 from distill_jax.student.plain import AnyBatch
+from distill_jax.student.step import TrainState
 from distill_jax.student.tree import NOWHERE, Batch
 
 SIX = Grid(1, 1, 6)
@@ -78,3 +81,25 @@ def find_rows(batch: AnyBatch) -> Iterator[Found]:
             prompt = (*read(batch.questions[m, s, b]), live[0][0])
             cut = tuple(read(index) for index in batch.cut[m, s, b])
             yield Found(prompt, tuple(x[1:] for x in live), cut, bool(batch.valid[m, s, b]))
+
+
+def assert_same_training(one: TrainState, many: TrainState, means: Sequence[Any]) -> None:
+    """Two states after the same steps on unlike meshes: moments, and what the gradients moved.
+
+    AdamW divides a gradient by its size, so one that is all rounding says nothing of a weight. Such
+    are those of key biases, which no softmax notices: they count by their moments alone.
+
+    Args:
+      one: On one device, fetched.
+      many: On several, fetched.
+      means: AdamW's means of gradients after each step on one device.
+    """
+    for moment in ("mu", "nu"):
+        expected, found = (optax.tree.get(x.opt_state, moment) for x in (one, many))
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * largest)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(means[0]))
+    for x, y, *mus in zip(*map(jax.tree.leaves, (many.params, one.params, *means)), strict=True):
+        heard = np.min(np.abs(mus), axis=0) > 1e-3 * largest
+        np.testing.assert_allclose(x[heard], y[heard], rtol=0, atol=1e-5)

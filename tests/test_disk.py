@@ -6,17 +6,14 @@ import os
 import resource
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections import Counter, namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
 from asked import Outcome, asks, config
 from fault_server import Call, Says, chat, choice, fault_server, good
-from paid_lesson import QUICK, sums, teach
+from paid_lesson import QUICK, start, sums, teach
 
 from distill_jax import run_folder
 from distill_jax.teacher import clerk
@@ -26,17 +23,6 @@ from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 
 HERE = Path(__file__).parent
-
-
-def start(path: Path, url: str, size: int, before: Callable[[], None]) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(HERE), *sys.path])
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "paid_lesson.py"), "paid-lesson", str(path), url, str(size)],
-        env=os.environ | {"PYTHONPATH": paths},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-    )
 
 
 def wordy(call: Call) -> Says:
@@ -49,11 +35,9 @@ def wordy(call: Call) -> Says:
 def test_25_a_limit_on_file_sizes_stops_the_run_and_loses_no_answer(tmp_path: Path):
     path, size = tmp_path / "ledger.sqlite", 300
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
-
     with fault_server(wordy) as (server, url):
-        process = start(path, url, size, limit)
+        process = start(path, url, size)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (5 << 20, 5 << 20))
         _, err = process.communicate(timeout=120)
         assert process.returncode == 13, err
         assert "can't be written" in err and "Traceback" not in err
@@ -82,7 +66,7 @@ def test_25_with_little_room_left_nothing_is_asked(tmp_path: Path, monkeypatch):
 
 def test_25_a_folder_that_can_not_be_written_is_said_before_anything_is_asked(tmp_path: Path):
     with fault_server(good) as (server, url):
-        process = start(Path("/proc/ledger.sqlite"), url, 5, lambda: None)  # not even for root
+        process = start(Path("/proc/ledger.sqlite"), url, 5)  # not even for root
         _, err = process.communicate(timeout=60)
     assert process.returncode == 13 and "can't be written" in err, err
     assert server.calls == []
