@@ -20,6 +20,8 @@ from distill_jax.student.tree import NOWHERE, Batch, Counts
 Tokens = tuple[int, ...]
 Sizes = TypeVar("Sizes", bound=tuple[int, ...])
 MAX_SHAPES = 4
+SPARE = 0.06
+"""Share of the least cost that may be added to have fewer shapes than the limit."""
 UNIT = 8
 """Sizes are multiples of this, and of a sixteenth of themselves, or a bit less."""
 ELEMENT = 2e-4
@@ -159,6 +161,9 @@ def choose_shapes(
 ) -> dict[Sizes, Sizes]:
     """Merges shapes, the two whose union costs least first, until few are left.
 
+    Beyond the limit it goes on while all merging together costs no more than `SPARE`: a program
+    less to compile is worth that.
+
     Args:
       needs: How often each shape is needed; a shape is a named tuple of sizes.
       cost: What a shape costs.
@@ -174,13 +179,17 @@ def choose_shapes(
     """
     members = {shape: [shape] for shape in needs}
     counts = dict(needs)
-    while len(members) > limit:
 
-        def loss(pair: tuple[Sizes, Sizes]) -> float:
-            union = cost(_union(*pair))
-            return float(sum(counts[shape] * (union - cost(shape)) for shape in pair))
+    def loss(pair: tuple[Sizes, Sizes]) -> float:
+        union = cost(_union(*pair))
+        return float(sum(counts[shape] * (union - cost(shape)) for shape in pair))
 
+    spare = SPARE * sum(count * cost(shape) for shape, count in needs.items())
+    while len(members) > 1:
         x, y = min(itertools.combinations(members, 2), key=loss)
+        spare -= loss((x, y))
+        if len(members) <= limit and spare < 0:
+            break
         joined, total = members.pop(x) + members.pop(y), counts.pop(x) + counts.pop(y)
         union = _union(x, y)
         members[union] = members.get(union, []) + joined

@@ -107,6 +107,6 @@ def test_most_of_what_is_computed_is_useful_at_the_lengths_of_gsm8k():
 def test_shapes_hold_what_needs_them_and_are_few():
     needs = {Shape(64 * i, 64 * i + 64, 16, 16 * (1 + i % 3)): i for i in range(1, 12)}
     chosen = choose_shapes(needs, lambda shape: shape.tokens, 3)
-    assert chosen.keys() == needs.keys() and len(set(chosen.values())) == 3
+    assert chosen.keys() == needs.keys() and 1 < len(set(chosen.values())) <= 3
     for need, shape in chosen.items():
         assert all(x >= y for x, y in zip(shape, need, strict=True))
