@@ -114,7 +114,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Teach a student round by round. The same command continues an interrupted run."""
-    from distill_jax.config import load_config
+    from distill_jax.config_file import load_config
 
     settings = load_config(config, overrides or [])
     _set_up()
@@ -144,7 +144,7 @@ def exam(
     as_json: AsJson = False,
 ) -> None:
     """Sit one exam: accuracy with its interval, unreadable and cut answers."""
-    from distill_jax.config import load_config, make_config, override
+    from distill_jax.config_file import load_config, make_config, override
     from distill_jax.run_folder import read_json
 
     folder = Path(student)
@@ -207,7 +207,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Before anything is spent: requests, tokens and dollars; low, expected and upper bound."""
-    from distill_jax.config import load_config
+    from distill_jax.config_file import load_config
 
     settings = load_config(config, overrides or [])
     from distill_jax.plan import plan_json, plan_lines, plan_teacher
@@ -223,7 +223,7 @@ def tutor(
     port: Annotated[int, typer.Option(help="On the loopback address; 0 takes a free one.")] = 8000,
 ) -> None:
     """Serve the built-in teacher as an OpenAI-compatible endpoint on this machine."""
-    from distill_jax.config import make_config
+    from distill_jax.config_file import make_config
     from distill_jax.questions import default_data_dir, load_questions
     from distill_jax.teacher.tutor import serve_forever
 

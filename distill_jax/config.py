@@ -1,20 +1,16 @@
-"""Every knob, on one page: strict frozen models, read from YAML.
+"""Every knob, on one page: strict frozen models. Unknown keys are errors.
 
-A file may name another with `extends:`; its own keys win. `key.sub=value` on the command line
-wins over both. Unknown keys are errors. Defaults are those of Wang et al. (EMNLP 2023).
+Defaults are those of Wang et al. (EMNLP 2023).
 """
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 TASKS = ("gsm8k", "multiarith", "svamp", "csqa", "strategyqa", "arithmetic")
@@ -228,47 +224,6 @@ def is_free(url: str) -> bool:
         return host == "localhost"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file.
-
-    Args:
-      path: A YAML file. `extends:` in it names another, relative to it.
-      overrides: `key.sub=value`, the value in YAML; they win over the file.
-
-    Raises:
-      ConfigError: the file can't be read, a key is unknown, or a value is not allowed.
-    """
-    return make_config(_read_yaml(Path(path), seen=()), overrides)
-
-
-def override(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with some knobs set anew.
-
-    Raises:
-      ConfigError: as `load_config`.
-
-    Example:
-      >>> values = {"folder": "runs/a", "task": {"name": "svamp"}, "student": {"model": "m"}}
-      >>> override(parse_config(values), ["rounds.max=2"]).rounds.max
-      2
-    """
-    return make_config(config.model_dump(mode="json"), overrides)
-
-
-def make_config(values: dict[str, Any], overrides: Sequence[str]) -> Config:
-    """The config that nested `values` describe once `overrides` have been set in them.
-
-    Raises:
-      ConfigError: as `load_config`.
-    """
-    for setting in overrides:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"an override is written key.sub=value; got {setting!r}.")
-        _set(values, key.split("."), _parse_value(setting, text))
-    return parse_config(values)
-
-
 def parse_config(values: Mapping[str, Any]) -> Config:
     """The config that nested `values` describe.
 
@@ -301,62 +256,6 @@ def knobs(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
             yield from knobs(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """A line `key: old -> new` for every knob whose value differs."""
-    values = (
-        (k, [reduce(getattr, k.split("."), config) for config in (old, new)]) for k in knobs()
-    )
-    return [f"{name}: {a!r} -> {b!r}" for name, (a, b) in values if a != b]
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's values over those of the file that it extends."""
-    if path.resolve() in seen:
-        raise ConfigError(f"extends: {path} extends itself.")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"config {path} can't be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path} must hold keys and values; got {values!r}.")
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    return _merge(_read_yaml(path.parent / str(parent), (*seen, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = dict(base)
-    for key, value in over.items():
-        old = both.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            value = _merge(old, value)
-        both[key] = value
-    return both
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        values[key] = dict(inner) if isinstance(inner, dict) else {}
-        values = values[key]
-    values[keys[-1]] = value
-
-
-def _parse_value(setting: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"the value of {setting!r} is not YAML.") from None
 
 
 def _unknown_keys(values: Any, section: type[Section], path: tuple[str, ...]) -> Iterator[str]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from distill_jax import weights
 from distill_jax.adapters import save_adapters
-from distill_jax.config import ConfigError, load_config
+from distill_jax.config import ConfigError
+from distill_jax.config_file import load_config
 from distill_jax.model_card import make_card
 from distill_jax.run_folder import read_json
 from distill_jax.school import Weights, find_base, open_weights

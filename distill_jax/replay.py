@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from distill_jax.config import ConfigError, load_config
+from distill_jax.config import ConfigError
+from distill_jax.config_file import load_config
 from distill_jax.records import Attempt, Question, Rationale, to_json
 from distill_jax.run_folder import read_records, write_rows
 from distill_jax.teaching import replay

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distill_jax.config import Config, ConfigError, differences, load_config, to_yaml
+from distill_jax.config import Config, ConfigError
+from distill_jax.config_file import differences, load_config, to_yaml
 from distill_jax.records import from_json, to_json
 
 T = TypeVar("T")

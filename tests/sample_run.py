@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill_jax.config import Config, parse_config, to_yaml
+from distill_jax.config import Config, parse_config
+from distill_jax.config_file import to_yaml
 from distill_jax.records import Attempt, Question, Rationale, Split, Verdict, to_json
 from distill_jax.run_folder import (
     partial_path,

@@ -11,7 +11,7 @@ from asked import CENT_PER_THOUSAND, Outcome
 from fault_server import Call, Says, chat, error
 from typer.testing import CliRunner, Result
 
-from distill_jax.config import load_config
+from distill_jax.config_file import load_config
 from distill_jax.ledger_commands import ledger
 from distill_jax.progress import Progress
 from distill_jax.records import Attempt, Question

@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill_jax.config import (
-    Config,
-    ConfigError,
-    differences,
-    knobs,
-    load_config,
-    override,
-    parse_config,
-    to_yaml,
-)
+from distill_jax.config import Config, ConfigError, knobs, parse_config
+from distill_jax.config_file import differences, load_config, override, to_yaml
 
 SMALL = {"folder": "runs/a", "task": {"name": "gsm8k"}, "student": {"model": "m"}}
 

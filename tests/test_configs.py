@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import distill_jax
-from distill_jax.config import knobs, load_config
+from distill_jax.config import knobs
+from distill_jax.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from sample_run import HOSTILE, sample_config, write_run
 
 from distill_jax.checkpoint import save_params
-from distill_jax.config import to_yaml
+from distill_jax.config_file import to_yaml
 from distill_jax.exchange import export_round, import_model
 from distill_jax.model_card import make_card
 from distill_jax.run_folder import write_json

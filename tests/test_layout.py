@@ -8,7 +8,7 @@ import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
-records config numerals answers
+records config config_file numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions
 prompts tokenizer

@@ -18,7 +18,7 @@ from test_rounds import SMALL
 
 from distill_jax.adapters import save_adapters
 from distill_jax.checkpoint import load_params as load_checkpoint
-from distill_jax.config import load_config
+from distill_jax.config_file import load_config
 from distill_jax.packing import Grid
 from distill_jax.run_folder import read_rows
 from distill_jax.school import Weights, open_weights

@@ -21,7 +21,7 @@ from sample_run import (
     write_run,
 )
 
-from distill_jax.config import to_yaml
+from distill_jax.config_file import to_yaml
 from distill_jax.records import Attempt, Question
 from distill_jax.report.cases import CASES_PER_ROUND
 from distill_jax.report.figures import thin

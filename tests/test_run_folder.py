@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distill_jax.config import ConfigError, override, parse_config
+from distill_jax.config import ConfigError, parse_config
+from distill_jax.config_file import override
 from distill_jax.records import Question
 from distill_jax.run_folder import (
     Partial,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_jax.config import Config, load_config
+from distill_jax.config import Config
+from distill_jax.config_file import load_config
 from distill_jax.records import Attempt, Question
 from distill_jax.report.files import read_stage
 from distill_jax.report.marks import Change, compare, greedy
