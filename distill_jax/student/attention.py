@@ -173,8 +173,17 @@ def merge(
 ) -> Float[Array, "B L heads H"]:
     """The softmax over all stretches, in shape and dtype of `like`; zeros where nothing is seen."""
     share = functools.reduce(add_up, shares)
-    mixed = share.mixed / jnp.where(share.total > 0, share.total, 1.0)[..., None]
+    mixed = scale_each(share.mixed, 1.0 / jnp.where(share.total > 0, share.total, 1.0))
     return mixed.astype(like.dtype).reshape(like.shape)
+
+
+def scale_each(x: Float[Array, "*rows D"], by: Float[Array, "*rows"]) -> Float[Array, "*rows D"]:
+    """Every vector times its own number.
+
+    Said as a product, so that the gradient of `by`, a sum over D, is one too: XLA's CPU backend
+    takes up to 25 times as long for a multiplication that is followed by a sum.
+    """
+    return jnp.einsum("...d,...->...d", x, by, precision=jax.lax.Precision.HIGHEST)
 
 
 def add_up(first: Share, second: Share) -> Share:

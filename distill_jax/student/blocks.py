@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distill_jax.student.architecture import ACTIVATIONS, Lora, ModelConfig
-from distill_jax.student.attention import Turns, rotate
+from distill_jax.student.attention import Turns, rotate, scale_each
 
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
@@ -117,7 +117,7 @@ class Norm(nnx.Module):
         wide = x.astype(jnp.float32)
         if self.centred:
             wide -= wide.mean(axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        wide = scale_each(wide, jax.lax.rsqrt(jnp.square(wide).mean(axis=-1) + self.epsilon))
         scale = self.scale[...] + self.offset if self.offset else self.scale[...]
         return add(wide * jnp.broadcast_to(scale, wide.shape), self.bias).astype(x.dtype)
 
