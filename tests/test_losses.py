@@ -9,6 +9,7 @@ from distill_jax.student.losses import (
     cosine_distance,
     last_state,
     prediction_costs,
+    prediction_loss,
     triplet_costs,
     triplet_loss,
 )
@@ -77,7 +78,7 @@ def test_costs_of_predictions_and_their_gradient_do_not_depend_on_the_chunk(chun
 
     def costs(head: jax.Array) -> jax.Array:
         arrays = (jnp.asarray(hidden, jnp.float32), jnp.asarray(targets, jnp.int32))
-        return prediction_costs(*arrays, lambda x: x @ head, chunk=chunk)
+        return prediction_costs(*arrays, head, score, chunk=chunk)
 
     matrix = jnp.asarray(head, jnp.float32)
     np.testing.assert_allclose(costs(matrix), expected, rtol=1e-5, atol=1e-6)
@@ -85,12 +86,40 @@ def test_costs_of_predictions_and_their_gradient_do_not_depend_on_the_chunk(chun
     np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-5, atol=2e-5)
 
 
-def test_no_array_of_all_tokens_by_vocabulary_lives():
-    hidden, head = jnp.ones((1, 64, 4)), jnp.ones((4, 50))
+def score(head: jax.Array, hidden: jax.Array) -> jax.Array:
+    return hidden @ head
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 64])
+def test_loss_with_known_weights_equals_weighted_costs_in_value_and_gradients(chunk: int):
+    rng = np.random.default_rng(3)
+    hidden, head, weights = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 13, 6), (6, 9), (2, 13))
+    )
+    targets = jnp.asarray(rng.integers(0, 9, (2, 13)), jnp.int32)
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return 3.0 * prediction_loss(hidden, targets, head, score, weights, chunk=chunk)
+
+    def sum_of_costs(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return 3.0 * jnp.sum(weights * prediction_costs(hidden, targets, head, score))
+
+    found, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+    wanted, expected = jax.value_and_grad(sum_of_costs, argnums=(0, 1))(hidden, head)
+    np.testing.assert_allclose([found, loss(hidden, head)], [wanted, wanted], rtol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("known_weights", [False, True])
+def test_no_array_of_all_tokens_by_vocabulary_lives(known_weights: bool):
+    hidden, head, weights = jnp.ones((1, 64, 4)), jnp.ones((4, 50)), jnp.ones((1, 64))
     targets = jnp.zeros((1, 64), jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return jnp.sum(prediction_costs(hidden, targets, lambda x: x @ head, chunk=8))
+        if known_weights:
+            return prediction_loss(hidden, targets, head, score, weights, chunk=8)
+        return jnp.sum(prediction_costs(hidden, targets, head, score, chunk=8))
 
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head))
     assert "8,50]" in text

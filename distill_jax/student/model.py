@@ -303,6 +303,12 @@ def head(
     return weight, bias
 
 
+def head_params(config: ModelConfig, params: Params) -> Params:
+    """The weights that `logits` reads."""
+    names = ["embedding" if config.tied_head else "head"] + ["head_bias"] * config.head_bias
+    return {name: params[name] for name in names}
+
+
 def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "*rows E"]
 ) -> Float32[Array, "*rows V"]:

@@ -13,8 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distill_jax.student.losses import dpo_costs, prediction_costs, ranking_costs, triplet_costs
-from distill_jax.student.model import ModelConfig, Params, logits
+from distill_jax.student.losses import (
+    dpo_costs,
+    prediction_costs,
+    prediction_loss,
+    ranking_costs,
+    triplet_costs,
+)
+from distill_jax.student.model import ModelConfig, Params, head_params, logits
 from distill_jax.student.plain import AnyBatch
 
 Reflection = Literal["triplet", "ranking", "dpo", "none"]
@@ -81,17 +87,34 @@ def losses(
       Wang et al. (EMNLP 2023), equations 3 to 5, with the released code's weights.
     """
     hidden = states(params, batch)
-    costs = _costs(config, params, batch, hidden)
-    lm = jnp.sum(batch.weights * costs)
+    if objective.reflection in LIKELIHOODS:
+        return _compare_likelihoods(
+            config, params, batch, objective, hidden, states=states, reference=reference
+        )
+    lm = prediction_loss(*_predictions(config, params, batch, hidden), batch.weights)
     if objective.reflection == "none":
         return Losses(lm, jnp.zeros((), jnp.float32))
-    if objective.reflection == "triplet":
-        ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends)
-        anchor, positive, negative = ends.reshape(-1, 3, ends.shape[-1]).swapaxes(0, 1)
-        reflection = triplet_costs(
-            anchor, positive, negative, batch.valid.ravel(), margin=objective.margin
-        )
-        return Losses(lm, jnp.sum(reflection))
+    ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends)
+    anchor, positive, negative = ends.reshape(-1, 3, ends.shape[-1]).swapaxes(0, 1)
+    reflection = triplet_costs(
+        anchor, positive, negative, batch.valid.ravel(), margin=objective.margin
+    )
+    return Losses(lm, jnp.sum(reflection))
+
+
+def _compare_likelihoods(
+    config: ModelConfig,
+    params: Params,
+    batch: AnyBatch,
+    objective: Objective,
+    hidden: Float[Array, "S T D"],
+    *,
+    states: States,
+    reference: Params | None,
+) -> Losses:
+    """The losses of ranking and DPO, from `-log p` of every target."""
+    costs = prediction_costs(*_predictions(config, params, batch, hidden))
+    lm = jnp.sum(batch.weights * costs)
     anchor, negative, lengths = _likelihoods(batch, costs)
     if objective.reflection == "ranking":
         reflection = ranking_costs(
@@ -99,18 +122,18 @@ def losses(
         )
         return Losses(lm, jnp.sum(reflection))
     assert reference is not None, "DPO compares with the weights that the round began with"
-    before = _costs(config, reference, batch, states(reference, batch))
+    before = prediction_costs(*_predictions(config, reference, batch, states(reference, batch)))
     then = jax.lax.stop_gradient(_likelihoods(batch, before)[:2])
     ratios = (anchor - then[0], negative - then[1])
     return Losses(lm, jnp.sum(dpo_costs(*ratios, batch.valid, beta=objective.beta)))
 
 
-def _costs(
+def _predictions(
     config: ModelConfig, params: Params, batch: AnyBatch, hidden: Float[Array, "S T D"]
-) -> Float[Array, "S C"]:
-    """`-log p` of every target."""
+) -> tuple[Array, Array, Params, Callable[..., Array]]:
+    """The states that predict something, what, and how their logits are made."""
     first = hidden[:, : batch.targets.shape[1]]
-    return prediction_costs(first, batch.targets, partial(logits, config, params))
+    return first, batch.targets, head_params(config, params), partial(logits, config)
 
 
 def _likelihoods(
