@@ -73,22 +73,23 @@ def make_student(
     """Trains a student that is weak on purpose, and writes it as a Hugging Face directory.
 
     Args:
-      config: Its `scratch`, `seed`, `task.max_value` and `student.compute_dtype` are read.
+      config: Its `scratch`, `seed`, `task.arithmetic` and `student.compute_dtype` are read.
       folder: Made here, beside and renamed last: an interrupted call starts anew.
       questions: Of all splits. No document holds the text of one of them.
       mesh: Where it is trained.
       progress: Where to show the steps.
 
     Raises:
-      ValueError: the width in `scratch.size` can't be cut into heads.
+      ValueError: the width in `scratch` can't be cut into heads.
     """
     tokenizer = make_tokenizer()
-    model = make_model(*config.scratch.size, len(tokenizer))
-    random, max_value = Random(f"scratch text {config.seed}"), config.task.max_value
+    width, layers, steps = config.scratch
+    model = make_model(width, layers, len(tokenizer))
+    random, max_value = Random(f"scratch text {config.seed}"), config.task.arithmetic[1]
     exam_texts = {question.text for question in questions}
     cards = draw_cards(random, max_value=max_value)
     stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts)
-    backend, steps = tokenizer.backend_tokenizer, config.scratch.steps
+    backend = tokenizer.backend_tokenizer
     kinds = islice(cycle([(cards, CARDS), (stories, STORIES)]), steps)
     items = [encode(islice(documents, size), backend) for documents, size in kinds]
     grid = make_grid(CARDS, microbatches=1, shards=num_row_shards(mesh))
@@ -105,7 +106,7 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
       ValueError: the heads would not have the same even number of dims.
     """
     if width % (2 * HEADS):
-        raise ValueError(f"scratch.size: the width is a multiple of {2 * HEADS}; got {width}.")
+        raise ValueError(f"scratch: the width is a multiple of {2 * HEADS}; got {width}.")
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,
@@ -226,7 +227,8 @@ def _train(
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = init_params(model, jax.random.key(config.seed), everywhere)
     params["embedding"] *= EMBEDDING_SCALE
-    optimizer = make_optimizer(model, config.scratch.steps)
+    *_, steps = config.scratch
+    optimizer = make_optimizer(model, steps)
     opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
     state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
     step = make_step(
@@ -238,7 +240,6 @@ def _train(
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat="dots",
     )
-    steps = config.scratch.steps
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:
         for batch in batches:
             state, figures = step(state, put_batch(batch, mesh))

@@ -10,7 +10,7 @@ PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
 records config config_file numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
-questions.own_file questions.arithmetic questions
+questions.own_file questions.arithmetic questions contamination
 prompts tokenizer
 student.sharding student.architecture student.attention student.blocks student.encoder_decoder
 student.model student.lora
@@ -29,7 +29,7 @@ teacher.lesson teacher.explanation teacher.tutor
 packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-training school teaching plan rounds model_card exchange replay ledger_commands cli __main__
+teaching training school plan rounds model_card exchange replay ledger_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
