@@ -124,8 +124,9 @@ class TrainConfig(Section):
     warmup_steps: CountOrAll = 100  # logarithmic, then constant
     weight_decay: NotNegative = 0.01
     prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
-    rows: Annotated[tuple[Literal["new", "old", "own"], ...], SOME] = ("new",)
-    # this round's rationales; earlier rounds'; the student's own right samples
+    rows: Annotated[tuple[Literal["new", "old", "own", "judged"], ...], SOME] = ("new",)
+    # this round's rationales; earlier rounds'; the student's own right samples; judged: of these
+    # only those that the teacher approves when it is asked to judge them
     targets: Annotated[tuple[Form, ...], SOME] = ("rationale",)  # the first one is the exam's form
     start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass recomputes
@@ -233,6 +234,10 @@ def _impossible_rows(config: Config) -> Iterator[str]:
             f"teacher.url={SELF} takes the exam's greedy answer and its samples, "
             f"{1 + samples} in all; got teacher.samples={teacher.samples}."
         )
+    if "judged" in train.rows and teacher.url == SELF:
+        yield f"train.rows=judged needs a teacher other than the student; got teacher.url={SELF}."
+    if not {"new", "old", "own"} & set(train.rows):
+        yield "train.rows=judged says which rows are left out: name new, old or own beside it."
     if not train.targets[0].startswith("rationale") and (
         teacher.url == SELF or "own" in train.rows or any(map(_is_rationale, train.targets))
     ):

@@ -14,15 +14,16 @@ from distill_jax.batches import make_rows
 from distill_jax.config import SELF, Config
 from distill_jax.exam import accuracy, take_exam
 from distill_jax.progress import Progress
-from distill_jax.records import Attempt, Lesson, Question, Rationale, Split, to_json
+from distill_jax.records import Attempt, Lesson, Question, Split, to_json
 from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
 from distill_jax.school import School, open_school
+from distill_jax.syllabus import Syllabus, choose, read_sources
 from distill_jax.teacher.lesson import mark_attempts
 from distill_jax.teaching import (
     check_teacher,
     exam_prompt,
     find_mistakes,
-    own_rationales,
+    judge,
     teach,
     wants_rationales,
 )
@@ -72,7 +73,8 @@ def _play_round(school: School, round_index: int) -> str:
     if round_index > 1 and not find_mistakes(attempts):
         return NO_MISTAKES
     _teach(school, round_index, attempts)
-    if not _rationales(school, round_index)[0]:
+    _judge(school, round_index)
+    if not _choose(school, round_index).rationales:
         return NOTHING_KEPT
     _train(school, round_index, attempts)
     _sit(school, round_index, "dev", weights_round=round_index)
@@ -188,6 +190,24 @@ def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     write_records(path, lesson.rows)
 
 
+def _judge(school: School, round_index: int) -> None:
+    """Leaves those of a round's own rationales that the teacher approves of, if it is to judge."""
+    config = school.config
+    path = round_folder(school.folder, round_index) / "judged.jsonl"
+    if "judged" not in config.train.rows or path.exists():
+        return
+    with timed(school.folder, round_index, "judge"):
+        approved = judge(
+            config,
+            school.folder,
+            school.questions["train"],
+            read_sources(config, path.parent),
+            round_index=round_index,
+            progress=school.progress,
+        )
+    write_records(path, approved)
+
+
 def _teach_oneself(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
     """The student's own attempts; where none is right, those that it makes once shown the answer.
 
@@ -209,9 +229,9 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     folder = round_folder(school.folder, round_index)
     if (folder / "metrics.jsonl").exists():
         return
-    rationales, num_tests = _rationales(school, round_index)
+    chosen = _choose(school, round_index)
     rows = make_rows(
-        rationales,
+        chosen.rationales,
         attempts,
         {question.id: question for question in school.questions["train"]},
         tokenizer=student.tokenizer,
@@ -223,7 +243,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         school.folder,
         round_index,
         rows=len(rows.rows),
-        dropped_rows={**rows.dropped, **({"test_question": num_tests} if num_tests else {})},
+        dropped_rows={**chosen.left_out, **rows.dropped},
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
         steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
@@ -243,24 +263,11 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     student.weights.put(round_index, trained, frozen)
 
 
-def _rationales(school: School, round_index: int) -> tuple[list[Rationale], int]:
-    """What the round is trained on, each text once, and how many were left out as test questions.
-
-    For bare answers every training question stands there once, without a text.
-    """
-    if not wants_rationales(school.config):
-        questions = school.questions["train"]
-        return [Rationale(q.id, round_index, 0, "", q.answer, "kept") for q in questions], 0
-    sources = school.config.train.rows
-    found: dict[tuple[str, str], Rationale] = {}
-    for index in range(1 if "old" in sources else round_index, round_index + 1):
-        folder = round_folder(school.folder, index)
-        rows: list[Rationale] = []
-        if index < round_index or "new" in sources:
-            rows += Lesson(tuple(read_records(folder / "lesson.jsonl", Rationale))).kept
-        if "own" in sources:
-            rows += own_rationales(read_records(folder / "exam.jsonl", Attempt))
-        for row in rows:
-            found.setdefault((row.question_id, row.text), row)
-    kept = [row for row in found.values() if school.exam_texts.find(row.text) is None]
-    return kept, len(found) - len(kept)
+def _choose(school: School, round_index: int) -> Syllabus:
+    return choose(
+        school.config,
+        school.folder,
+        school.questions["train"],
+        school.exam_texts,
+        round_index=round_index,
+    )

@@ -46,6 +46,7 @@ RETELLING = "Tell this story again. {story}"
 
 ONE_STEP = 0.3  # share of stories that are asked and solved; the others are retold
 LONGEST_STORY = 4  # steps of a story that is retold, or that a sum is taken from
+FOREIGN = 0.5  # share of retellings that are of a task's own questions, where there are some
 TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
 
 HEADS = 4
@@ -75,20 +76,24 @@ def make_student(
     Args:
       config: Its `scratch`, `seed`, `task.arithmetic` and `student.compute_dtype` are read.
       folder: Made here, beside and renamed last: an interrupted call starts anew.
-      questions: Of all splits. No document holds the text of one of them.
+      questions: Of all splits. No document holds the text of one of them, but of a task other than
+        arithmetic the training questions are retold, so that their words are known.
       mesh: Where it is trained.
       progress: Where to show the steps.
 
     Raises:
       ValueError: the width in `scratch` can't be cut into heads.
     """
-    tokenizer = make_tokenizer()
+    foreign = config.task.name != "arithmetic"
+    taught = [question for question in questions if foreign and question.split == "train"]
+    told = [question.text for question in taught]
+    tokenizer = make_tokenizer([*told, *(question.solution for question in taught)])
     width, layers, steps = config.scratch
     model = make_model(width, layers, len(tokenizer))
     random, max_value = Random(f"scratch text {config.seed}"), config.task.arithmetic[1]
     exam_texts = {question.text for question in questions}
     cards = draw_cards(random, max_value=max_value)
-    stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts)
+    stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts, told=told)
     backend = tokenizer.backend_tokenizer
     kinds = islice(cycle([(cards, CARDS), (stories, STORIES)]), steps)
     items = [encode(islice(documents, size), backend) for documents, size in kinds]
@@ -121,11 +126,12 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words and numbers that gives every text of the laboratory back.
 
-    It knows all words of the arithmetic questions, of their prompts and of the built-in tutor, and
-    the numbers up to `LARGEST`. A larger number is several tokens; any other word is unknown.
+    It knows all words of the arithmetic questions, of their prompts, of the built-in tutor and of
+    `texts`, and the numbers up to `LARGEST`. A larger number is several tokens; any other word is
+    unknown.
 
     Example:
       >>> tokenizer = make_tokenizer()
@@ -133,7 +139,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
       ['<s>', 'Answer', ':', ' 42']
     """
     asked = _document(RETELLING.format(story=""), "\nAnswer: 2")
-    lines = ["".join(asked), *wordings(), *phrases()]
+    lines = ["".join(asked), *wordings(), *phrases(), *texts]
     lines += [he for _, he, _ in PEOPLE]
     words = {word for line in lines for word in re.findall(TOKEN, f" {line.strip()}")}
     words |= {"Question"}  # the one word that begins a text
@@ -161,7 +167,7 @@ def draw_cards(random: Random, *, max_value: int) -> Iterator[Document]:
 
 
 def draw_stories(
-    random: Random, *, max_value: int, exam_texts: Collection[str]
+    random: Random, *, max_value: int, exam_texts: Collection[str], told: Sequence[str] = ()
 ) -> Iterator[Document]:
     """Draws stories without end: problems of one step with their solution, and retellings.
 
@@ -171,6 +177,7 @@ def draw_stories(
       random: Decides everything.
       max_value: As of the questions that the student will be asked.
       exam_texts: Texts of questions that must not occur, neither asked nor retold.
+      told: Texts that half of the retellings are of; none if empty.
     """
     while True:
         solved = random.random() < ONE_STEP
@@ -181,7 +188,9 @@ def draw_stories(
         if solved:
             yield _document(story.question, _solution(story, random))
         else:
-            yield _document(RETELLING.format(story=story.text), f" {story.text}")
+            foreign = told and random.random() < FOREIGN
+            text = random.choice(told) if foreign else story.text
+            yield _document(RETELLING.format(story=text), f" {text}")
 
 
 def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer) -> list[Item]:

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from distill_jax import prompts
+from distill_jax.answers import read_answer
 from distill_jax.config import SELF, TEACHER, TUTOR, Config, is_free
 from distill_jax.exam import Sitting
 from distill_jax.progress import Progress
-from distill_jax.prompts import clean_rationale
 from distill_jax.records import GREEDY, Attempt, Completion, Form, Lesson, Question, Rationale
 from distill_jax.teacher.account import Ask, find_secret
 from distill_jax.teacher.client import TeacherClient
@@ -37,23 +37,6 @@ def asks_teacher(config: Config) -> bool:
     """Whether anything goes out to a teacher in the whole run."""
     taught = config.rounds.max and config.teacher.url != SELF and wants_rationales(config)
     return config.student.model == TEACHER or bool(taught)
-
-
-def own_rationales(attempts: Sequence[Attempt]) -> list[Rationale]:
-    """The student's right answers at an exam as rationales to train on; empty ones left out."""
-    rows = [
-        Rationale(
-            attempt.question_id,
-            attempt.round_index + 1,  # the round that the exam opens
-            attempt.sample_index,
-            clean_rationale(attempt.text),
-            attempt.answer,
-            "kept",
-        )
-        for attempt in attempts
-        if attempt.correct and not attempt.cut
-    ]
-    return [row for row in rows if row.text]
 
 
 def exam_prompt(
@@ -149,6 +132,44 @@ def teach(
 
         complete = partial(teacher.complete, advance=tick)
         return _lesson(config, asked, attempts, complete, round_index)
+
+
+def judge(
+    config: Config,
+    folder: Path,
+    questions: Sequence[Question],
+    rationales: Sequence[Rationale],
+    *,
+    round_index: int,
+    progress: Progress,
+) -> list[Rationale]:
+    """Those of the rationales that the teacher approves of; what its ledger holds costs nothing.
+
+    One without a readable yes is not approved.
+
+    Args:
+      config: The run's settings.
+      folder: The run, with its ledger.
+      questions: All training questions.
+      rationales: With right answers; the teacher's own, or the student's.
+      round_index: From 1.
+      progress: Where to show it.
+
+    Raises:
+      TeacherError, OSError: as `TeacherClient.complete`.
+    """
+    asked = {question.id: question for question in questions}
+    asks = [Ask(prompts.judge_prompt(asked[row.question_id], row.text), (0,)) for row in rationales]
+    with (
+        progress.stage(
+            f"judging, round {round_index}", total=len(asks), unit="rationales"
+        ) as advance,
+        Ledger(folder / "ledger.sqlite") as ledger,
+        _teacher(config, ledger, questions) as teacher,
+    ):
+        answers = teacher.complete(asks, advance=advance)
+    said = (read_answer(answer.text, "yes_no", paragraphs=True) for (answer,) in answers)
+    return [row for row, word in zip(rationales, said, strict=True) if word == "Yes"]
 
 
 def replay(
