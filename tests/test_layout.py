@@ -29,7 +29,8 @@ teacher.lesson teacher.explanation teacher.tutor
 packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.figures report.headline report.tables report.page
-teaching syllabus training school plan rounds model_card exchange replay ledger_commands cli __main__
+teaching syllabus training school plan rounds model_card exchange replay
+ledger_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}

@@ -92,7 +92,13 @@ def play(student: Path, tmp_path: Path):
 
 
 def test_the_student_teaches_itself_and_explains_what_it_got_wrong(play):
-    run = play("teacher.url=self", "teacher.samples=1", "rounds.max=2", "train.start=base")
+    run = play(
+        "teacher.url=self",
+        "teacher.samples=1",
+        "rounds.max=2",
+        "rounds.patience=2",
+        "train.start=base",
+    )
     assert run.num_requests() == 0
     for index in (1, 2):
         greedy = [a for a in run.attempts("exam", index) if a.sample_index == 0]
