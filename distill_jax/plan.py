@@ -109,7 +109,7 @@ def _plan_exams(config: Config, questions: Sequence[Question]) -> TeacherPlan:
     limit = config.exam.max_new_tokens[0]
     prompt_tokens = Bounds(*(size / share for share in _BYTES_PER_TOKEN.values()))
     prompt_tokens = replace(prompt_tokens, upper=prompt_tokens.upper + len(asked) * _OVERHEAD)
-    answer_tokens = Bounds(*(len(asked) * limit * share for share in (0.25, _EXPECTED_ANSWER, 1)))
+    answer_tokens = Bounds(*(len(asked) * limit * share for share in (0.25, _EXPECTED_ANSWER, 1.0)))
     price = config.teacher.price_usd or (0.0, 0.0)
     bounds = zip(astuple(prompt_tokens), astuple(answer_tokens), strict=True)
     usd = Bounds(*((sent * price[0] + said * price[1]) / 1e6 for sent, said in bounds))
