@@ -211,3 +211,45 @@ def test_likelihoods_need_no_second_right_rationale(rows: Rows):
 def test_without_reflection_there_is_one_branch(rows: Rows):
     for _, batch in make_course(rows, reflection="none").batches():
         assert batch.live.shape[3] == 1 and batch.cut.shape[3] == 0
+
+
+def test_each_form_has_its_rows_and_only_the_exams_form_has_negatives():
+    rationales = [rationale("q", "one", 0), rationale("q", "two", 1), rationale("p", "three")]
+    rows = make_rows(
+        rationales,
+        [attempt("q", "wrong", 1)],
+        {name: question(name) for name in "pq"},
+        tokenizer=LETTERS,
+        prompts={
+            "rationale": lambda q: f"{DEMO}\nQuestion: {q.text}\nReasoning:",
+            "answer_alone": lambda q: f"Question: {q.text}\nAnswer:",
+        },
+        max_length=500,
+        seed=0,
+    )
+    shared = spell(rows.shared)
+    told = [shared + spell(row.question) + spell(row.anchor[:-1]) for row in rows.rows]
+    assert told == [
+        f"{DEMO}\nQuestion: what is q?\nReasoning: one\nAnswer: 4",
+        f"{DEMO}\nQuestion: what is q?\nReasoning: two\nAnswer: 4",
+        f"{DEMO}\nQuestion: what is p?\nReasoning: three\nAnswer: 4",
+        "Question: what is q?\nAnswer: 4",
+        "Question: what is p?\nAnswer: 4",
+    ]
+    assert [len(row.negatives) for row in rows.rows] == [1, 1, 0, 0, 0]
+    assert [len(row.positives) for row in rows.rows] == [1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
+def test_steps_break_off_or_go_on_past_the_epochs(rows: Rows, steps: int):
+    known = {"seed": 1, "round_index": 1, "epochs": 2}
+    grid = make_grid(4, microbatches=1, shards=1)
+    course = Course(rows, Objective(reflection="none"), 4, grid, steps=steps, **known)
+    by_epochs = [
+        epoch for epoch, _ in Course(rows, Objective(reflection="none"), 4, grid, **known).batches()
+    ]
+    epochs = [epoch for epoch, _ in course.batches()]
+    assert len(course) == len(epochs) == steps
+    num_each = by_epochs.count(0)
+    assert epochs == [step // num_each for step in range(steps)]
+    assert [epoch for epoch, _ in course.batches(2)] == epochs[2:]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_jax.answers import read_answer, same_answer
 from distill_jax.prompts import (
+    answer_target,
     clean_rationale,
     demonstrations,
     exam_prompt,
@@ -305,3 +306,27 @@ def test_targets_begin_with_one_space_and_stay_on_their_lines(text: str) -> None
     mistake = mistake_target(text)
     assert mistake == "" or re.match(r" \S|\nAnswer: \S", mistake)
     assert mistake.count("\n") <= 1
+
+
+def test_bare_answers_are_asked_for_and_written_without_reasoning():
+    text = demonstrations("gsm8k", "answer")
+    assert "Reasoning:" not in text and text.count("\nAnswer: ") == 3
+    assert text.split("\n")[1:3] == ["Answer: 48", ""]
+    choices = blocks(demonstrations("csqa", "answer"))
+    assert [block.split("\n")[-1] for block in choices] == [
+        f"Answer: ({letter})" for letter in "ecabd"
+    ]
+    for task in ("gsm8k", "csqa", "strategyqa"):
+        assert demonstrations(task, "rationale_alone") == demonstrations(task, "answer_alone") == ""
+    assert demonstrations("strategyqa", "answer") == ""
+    assert exam_prompt(YES, demonstrations="", form="answer") == "Question: Is ice cold?\nAnswer:"
+    assert answer_target(INK) == " (b)" and answer_target(YES) == " Yes"
+
+
+def test_a_student_that_explains_to_itself_sees_the_answer_where_the_teacher_would():
+    prompt = exam_prompt(INK, demonstrations="", hint=True)
+    assert prompt.endswith("\nHint: The final answer should be (b).\nAnswer:")
+    for task in ("gsm8k", "csqa", "strategyqa"):
+        hinted = demonstrations(task, hint=True)
+        assert hinted.count("\nHint: The final answer should be ") == len(blocks(hinted))
+        assert re.sub("Hint: .*\n", "", hinted) == demonstrations(task)

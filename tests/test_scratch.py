@@ -250,3 +250,16 @@ def test_the_same_seed_gives_the_same_student(student: Path, tmp_path: Path):
 def test_a_width_without_even_heads_is_refused():
     with pytest.raises(ValueError, match=r"scratch: the width is a multiple of 8; got 20\."):
         scratch.make_model(20, 1, 100)
+
+
+def test_the_words_of_another_task_are_known_and_retold():
+    told = ["Juan paints 3 zebras.", "Kim paints 4 more zebras."]
+    known = scratch.make_tokenizer(told)
+    for text in told:
+        text = f" {text}"  # as it stands in a prompt
+        assert known.decode(known(text)["input_ids"], skip_special_tokens=True) == text
+    assert TOKENIZER.unk_token_id in TOKENIZER(f" {told[0]}")["input_ids"]
+    drawn = [document.target.strip() for document in stories(told=told)]
+    share = sum(target in told for target in drawn) / len(drawn)
+    assert abs(share - (1 - scratch.ONE_STEP) * scratch.FOREIGN) < 0.03
+    assert not set(told) & {document.target.strip() for document in stories()}

@@ -12,7 +12,7 @@ import pytest
 
 from distill_jax.answers import read_answer, same_answer
 from distill_jax.config import TeacherConfig, TutorConfig
-from distill_jax.prompts import feedback_prompt, teacher_demonstrations
+from distill_jax.prompts import feedback_prompt, judge_prompt, teacher_demonstrations
 from distill_jax.questions import rows
 from distill_jax.questions.arithmetic import make_questions
 from distill_jax.records import Kind, Question
@@ -286,3 +286,16 @@ def test_the_port_is_given_back_and_taken_ports_are_told():
     assert threading.active_count() == before
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_judge_finds_the_wrong_step_behind_a_right_answer():
+    question = next(q for q in QUESTIONS if q.group == "2 steps")
+    sure = Tutor(QUESTIONS, tutor=NEVER, seed=3)
+    told = explain(question, mistake="1 + 1 = 3.", wrong=False, way=1, seed="")
+    assert "first wrong step was 1 + 1 = 3" in told
+    wrong = explain(question, mistake=None, wrong=True, way=1, seed="")
+    for text, word in ((told, "Yes"), (wrong, "No"), (f"2 + 2 = 5. {told}", "No")):
+        assert sure.answer(judge_prompt(question, text), samples=1) == [f"Answer: {word}"]
+    erring = Tutor(QUESTIONS, tutor=TutorConfig(wrong_rates=(0.0, 0.3)), seed=3)
+    said = [erring.answer(judge_prompt(q, q.solution), samples=1) for q in QUESTIONS]
+    assert 0.1 < said.count(["Answer: No"]) / len(said) < 0.5
