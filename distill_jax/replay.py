@@ -8,7 +8,7 @@ from distill_jax.config import ConfigError
 from distill_jax.config_file import load_config
 from distill_jax.records import Attempt, Question, Rationale, to_json
 from distill_jax.run_folder import read_records, write_rows
-from distill_jax.teaching import replay
+from distill_jax.teaching import asks_teacher, replay
 
 
 def replay_run(folder: Path, *, to: Path | None = None) -> dict[str, Any]:
@@ -26,11 +26,13 @@ def replay_run(folder: Path, *, to: Path | None = None) -> dict[str, Any]:
       have `changed`.
 
     Raises:
-      ConfigError: there is no run.
+      ConfigError: there is no run, or no teacher was asked in it.
     """
     if not (folder / "config.yaml").exists():
         raise ConfigError(f"{folder} holds no run: a run folder has a config.yaml.")
     config = load_config(folder / "config.yaml")
+    if not asks_teacher(config):
+        raise ConfigError(f"{folder} asked no teacher: there are no answers to read again.")
     questions = read_records(folder / "questions.jsonl", Question)
     train = [question for question in questions if question.split == "train"]
     rounds, rows = [], []

@@ -1,5 +1,6 @@
 """Rows, their order and their pairs: every rationale once per epoch, nothing twice."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
@@ -242,12 +243,11 @@ def test_each_form_has_its_rows_and_only_the_exams_form_has_negatives():
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
 def test_steps_break_off_or_go_on_past_the_epochs(rows: Rows, steps: int):
-    known = {"seed": 1, "round_index": 1, "epochs": 2}
     grid = make_grid(4, microbatches=1, shards=1)
-    course = Course(rows, Objective(reflection="none"), 4, grid, steps=steps, **known)
-    by_epochs = [
-        epoch for epoch, _ in Course(rows, Objective(reflection="none"), 4, grid, **known).batches()
-    ]
+    course = Course(
+        rows, Objective(reflection="none"), 4, grid, seed=1, round_index=1, epochs=2, steps=steps
+    )
+    by_epochs = [epoch for epoch, _ in dataclasses.replace(course, steps=0).batches()]
     epochs = [epoch for epoch, _ in course.batches()]
     assert len(course) == len(epochs) == steps
     num_each = by_epochs.count(0)

@@ -10,6 +10,7 @@ from distill_jax.config import Config, ConfigError, parse_config
 from distill_jax.config_file import override
 from distill_jax.questions import load_questions
 from distill_jax.records import Attempt, Question, Rationale
+from distill_jax.replay import replay_run
 from distill_jax.report.page import write_page
 from distill_jax.report.summary import status_json, summarise
 from distill_jax.run_folder import read_json, read_records, read_rows
@@ -123,6 +124,8 @@ def test_without_a_hint_only_right_answers_are_learnt(play):
 def test_bare_answers_need_no_teacher(play):
     run = play("train.targets=[answer]")
     assert run.num_requests() == 0 and run.lesson() == []
+    with pytest.raises(ConfigError, match="asked no teacher"):
+        replay_run(run.folder)
     assert run.facts()["rows"] == len(run.train)
     (row,) = [row for row in run.json["rounds"] if row["round"] == 1]
     assert row["rows"] == len(run.train)
