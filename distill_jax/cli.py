@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from distill_jax.analysis_commands import analyse, compare, sweep
 from distill_jax.ledger_commands import ledger
 
 WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
@@ -48,6 +49,7 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Question sets on this machine.")
 app.add_typer(data, name="data")
 app.add_typer(ledger, name="ledger")
+app.add_typer(analyse, name="analyse")
 
 
 class SplitName(StrEnum):
@@ -284,3 +286,7 @@ def export(
 
     settings = {"round_index": round_index, "dtype": dtype.value, "adapters": adapters}
     _show(export_round(run, to, **settings), as_json)
+
+
+app.command()(compare)
+app.command()(sweep)

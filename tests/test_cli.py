@@ -1,7 +1,6 @@
 """The commands as users type them: quick help, one object with --json, clear sentences."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,18 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from shell import command
 
 from distill_jax.questions import prepare
-
-
-def command(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "distill_jax", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=os.environ | variables,
-        timeout=300,
-    )
 
 
 def test_help_imports_nothing_heavy():

@@ -15,12 +15,14 @@ from distill_jax.analysis.paired import (
 )
 from distill_jax.report.marks import Change, wilson
 
+COUNTS = [(0, 0), (1, 0), (9, 2), (3, 14), (40, 40), (600, 450)]
+
 
 def random_marks(rng: np.random.Generator, number: int, share: float) -> dict[str, bool]:
     return {f"q{i}": bool(rng.random() < share) for i in range(number)}
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (9, 2), (3, 14), (40, 40), (600, 450)])
+@pytest.mark.parametrize(("gained", "lost"), COUNTS)
 def test_mcnemar_with_one_pair_is_the_binomial_test(gained: int, lost: int):
     changes = {f"q{i}": value for i, value in enumerate([1] * gained + [-1] * lost + [0] * 5)}
     expected = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
@@ -94,7 +96,7 @@ def test_only_questions_that_both_answered_count():
 def test_the_interval_of_one_accuracy_is_wilsons_and_of_several_is_wider_than_a_point():
     run = {f"q{i}": i < 7 for i in range(30)}
     assert accuracy_interval([run]) == wilson(7, 30)
-    low, high = accuracy_interval([run, {key: True for key in run}])
+    low, high = accuracy_interval([run, dict.fromkeys(run, True)])
     assert low < (7 / 30 + 1) / 2 < high
 
 

@@ -74,7 +74,7 @@ def compare_rows(before: Sequence[Marks], after: Sequence[Marks]) -> Difference:
 
 
 def accuracy_interval(runs: Sequence[Marks]) -> tuple[float, float]:
-    """The 95% interval of the mean accuracy of a row: Wilson's for one run, else the bootstrap's."""
+    """The 95% interval of a row's mean accuracy: Wilson's for one run, else the bootstrap's."""
     if len(runs) == 1:
         return wilson(sum(runs[0].values()), len(runs[0]))
     return bootstrap([{key: int(right) for key, right in run.items()} for run in runs])

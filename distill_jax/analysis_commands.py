@@ -1,0 +1,72 @@
+"""The commands that read finished runs: comparisons, sweeps, and the analyses of the paper."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from distill_jax.analysis.findings import Findings
+
+analyse = typer.Typer(no_args_is_help=True, help="The paper's analyses, on finished runs.")
+
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")]
+To = Annotated[
+    Path | None,
+    typer.Option(help="A folder for tables and figures; the first run's `analysis` if left out."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _put(findings: "Findings", folder: Path, name: str, as_json: bool) -> None:
+    """Writes the files, and prints the result."""
+    import sys
+
+    from distill_jax.analysis.findings import print_findings, to_json_text, write_findings
+
+    write_findings(findings, folder, name)
+    if as_json:
+        print(to_json_text(findings))
+    else:
+        print_findings(findings)
+    print(f"written: {folder / name}.md and more beside it", file=sys.stderr)
+
+
+def compare(
+    runs: Runs,
+    split: Annotated[str, typer.Option(help="test, or dev, which flatters.")] = "test",
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do runs differ? Seeds pooled, same questions, intervals and tests; the first is the base."""
+    from distill_jax.analysis.comparison import compare_runs
+
+    if split not in ("test", "dev"):
+        raise ValueError(f"--split is test or dev; got {split!r}.")
+    _put(compare_runs(runs, split=split), to or runs[0] / "analysis", "compare", as_json)
+
+
+def sweep(
+    words: Annotated[
+        list[str], typer.Argument(metavar="CONFIG... [KEY.SUB=A,B,C]...", help="What to run.")
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Where the runs' folders lie; each config's own `folder` if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a small grid of settings and seeds; one report. The same command goes on."""
+    from distill_jax.analysis.sweep import exit_code, plan_sweep, run_sweep
+
+    configs = [Path(word) for word in words if "=" not in word]
+    if not configs:
+        raise ValueError("a sweep needs a config, such as configs/quickstart.yaml.")
+    members = plan_sweep(configs, [word for word in words if "=" in word], to=to)
+    from distill_jax.analysis.sweep_report import report_sweep
+    from distill_jax.progress import Progress
+
+    members = run_sweep(members, Progress())
+    home = to or members[0].folder.parent
+    _put(report_sweep(members), home, "sweep", as_json)
+    raise SystemExit(exit_code(members))
