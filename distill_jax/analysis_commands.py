@@ -32,6 +32,58 @@ def _put(findings: "Findings", folder: Path, name: str, as_json: bool) -> None:
     print(f"written: {folder / name}.md and more beside it", file=sys.stderr)
 
 
+@analyse.command()
+def feedback(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
+    """Table 3: successes of the teacher with and without the student's mistake."""
+    from distill_jax.analysis.feedback import study_feedback
+
+    _put(study_feedback(runs), to or runs[0] / "analysis", "feedback", as_json)
+
+
+@analyse.command()
+def rounds(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
+    """Table 5: data, training error and accuracy, round by round."""
+    from distill_jax.analysis.round_course import study_rounds
+
+    _put(study_rounds(runs), to or runs[0] / "analysis", "rounds", as_json)
+
+
+@analyse.command()
+def setting(
+    runs: Runs,
+    key: Annotated[str, typer.Option(help="The setting that varies.")] = "reflection.weight",
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Figures 5 and 6: accuracy and loss by the value of one setting."""
+    from distill_jax.analysis.setting import study_setting
+
+    _put(study_setting(runs, key), to or runs[0] / "analysis", "setting", as_json)
+
+
+@analyse.command()
+def cases(
+    runs: Runs,
+    question: Annotated[str, typer.Option(help="The id of the only question to show.")] = "",
+    fate: Annotated[
+        str, typer.Option(help="mended, unmended, forgotten or always-right; all if left out.")
+    ] = "",
+    number: Annotated[int, typer.Option(min=1, help="Questions, evenly spaced.")] = 10,
+    to: Annotated[Path | None, typer.Option(help="A Markdown file to write as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tables 2, 13 and 14: a question's mistakes and rationales through all rounds and runs."""
+    import json
+
+    from distill_jax.analysis.stories import choose_stories, stories_json, tell
+    from distill_jax.run_folder import write_text
+
+    stories = choose_stories(runs, question=question, fate=fate, number=number)
+    if to:
+        write_text(to, tell(stories))
+    print(json.dumps({"cases": stories_json(stories)}) if as_json else tell(stories))
+
+
 def compare(
     runs: Runs,
     split: Annotated[str, typer.Option(help="test, or dev, which flatters.")] = "test",

@@ -32,7 +32,8 @@ report.cases report.style report.figures report.headline report.tables report.ta
 report.published report.page
 training school teaching plan rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
-analysis.sweep analysis.sweep_report
+analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
+analysis.stories
 ledger_commands analysis_commands cli __main__
 """
 ORDER = PLAN.split()

@@ -120,7 +120,7 @@ def rows_table(rows: Sequence[Row], split: Split) -> Table:
             str(len(row.runs)),
             f"{len(set().union(*(run.marks for run in row.runs))):,}",
             percent(row.accuracy),
-            _interval(row.interval),
+            interval_words(row.interval),
             percent(row.original),
             NOT_KNOWN if row.paper is None else f"{row.paper:.1f}%",
             f"{row.steps:,.0f}",
@@ -149,8 +149,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
         (
             letter(index),
             str(verdict.difference.num_seeds),
-            *_difference_cells(verdict.difference),
-            _p(verdict.p_value),
+            *difference_cells(verdict.difference),
+            p_words(verdict.p_value),
             verdict.words,
         )
         for index, verdict in enumerate(verdicts, start=1)
@@ -168,12 +168,13 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
 _DIFFERENCE = ("difference", "95% interval", "turned right / wrong", "p")
 
 
-def _difference_cells(difference: Difference) -> tuple[str, ...]:
+def difference_cells(difference: Difference) -> tuple[str, ...]:
+    """Points, their interval, what turned right and wrong, and p."""
     return (
         f"{100 * difference.mean:+.1f}",
-        _interval(difference.interval),
+        interval_words(difference.interval),
         f"{difference.num_gained:,} / {difference.num_lost:,}",
-        _p(difference.p_value),
+        p_words(difference.p_value),
     )
 
 
@@ -191,8 +192,8 @@ def groups_table(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Table:
                     f"{kind}, {letter(index)}",
                     f"{len(set().union(*marks)):,}",
                     percent(sum(shares) / len(shares)),
-                    _interval(accuracy_interval(marks)),
-                    *(_difference_cells(difference) if difference else [NOT_KNOWN] * 4),
+                    interval_words(accuracy_interval(marks)),
+                    *(difference_cells(difference) if difference else [NOT_KNOWN] * 4),
                 )
             )
     columns = ("kind, row", "questions", "accuracy", "95% interval", *_DIFFERENCE)
@@ -254,11 +255,13 @@ def _seed_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _interval(bounds: tuple[float, float]) -> str:
+def interval_words(bounds: tuple[float, float]) -> str:
+    """An interval of shares, in percent."""
     return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
 
 
-def _p(p_value: float) -> str:
+def p_words(p_value: float) -> str:
+    """A p-value as tables show it."""
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
@@ -290,14 +293,15 @@ def _share(marks: Mapping[str, bool]) -> float:
 
 def _verdict_json(verdict: Verdict) -> dict[str, Any]:
     return {
-        **_difference_json(verdict.difference),
+        **difference_json(verdict.difference),
         "p_value_all_rows": verdict.p_value,
         "verdict": verdict.words,
-        "groups": {kind: _difference_json(each) for kind, each in verdict.groups.items()},
+        "groups": {kind: difference_json(each) for kind, each in verdict.groups.items()},
     }
 
 
-def _difference_json(difference: Difference) -> dict[str, Any]:
+def difference_json(difference: Difference) -> dict[str, Any]:
+    """A difference as a command prints it under `--json`."""
     return {
         "difference": difference.mean,
         "interval": list(difference.interval),

@@ -175,7 +175,7 @@ def pool(runs: Sequence[Run]) -> list[Row]:
     """
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(_identity(run.config), []).append(run)
+        found.setdefault(identity(run.config), []).append(run)
     return [_make_row(row) for row in found.values()]
 
 
@@ -190,9 +190,9 @@ def _make_row(runs: list[Run]) -> Row:
     return Row(row_name(runs[0].folder), tuple(ordered))
 
 
-def _identity(config: Config) -> str:
-    """All settings but the seed and those that change no record."""
-    free = {"seed", *FREE_TO_CHANGE}
+def identity(config: Config, *, besides: Sequence[str] = ()) -> str:
+    """All settings but the seed, those that change no record, and those named in `besides`."""
+    free = {"seed", *FREE_TO_CHANGE, *besides}
     return json.dumps([_show(config, name) for name in knobs() if name not in free])
 
 

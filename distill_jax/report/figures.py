@@ -9,7 +9,17 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from distill_jax.report.round_summary import RoundSummary
-from distill_jax.report.style import COLOURS, INK, MARKERS, colour, marker, new_figure, styled, svg
+from distill_jax.report.style import (
+    COLOURS,
+    INK,
+    MARKERS,
+    colour,
+    marker,
+    new_figure,
+    percent_axis,
+    styled,
+    svg,
+)
 from distill_jax.report.summary import Summary
 
 MAX_POINTS = 200  # of a curve; longer ones are shown as means of equal stretches
@@ -26,7 +36,7 @@ def rounds_figure(summary: Summary, *, run: str) -> str:
     """Accuracy after each round: on dev with its 95% interval, and on the training questions."""
     figure = new_figure(2.6)
     axes = figure.subplots()
-    _percent(axes)
+    percent_axis(axes)
     dev = [entry for entry in summary.rounds if entry.dev]
     _plot_dev(axes, [entry.round_index for entry in dev], dev, index=0, label="dev")
     sat = [entry for entry in summary.rounds if entry.exam]
@@ -51,8 +61,8 @@ def compare_figure(summaries: Sequence[Summary]) -> str:
     """Dev accuracy of several runs: by round, and by training steps."""
     figure = new_figure(5.0)
     by_round, by_steps = figure.subplots(2, 1)
-    _percent(by_round)
-    _percent(by_steps)
+    percent_axis(by_round)
+    percent_axis(by_steps)
     for index, summary in enumerate(summaries):
         ends = _cumulative_steps(summary.rounds)
         dev = [entry for entry in summary.rounds if entry.dev and entry.round_index in ends]
@@ -149,12 +159,6 @@ def _cumulative_steps(rounds: Sequence[RoundSummary]) -> dict[int, int]:
         total += entry.steps or 0
         ends[entry.round_index] = total
     return ends
-
-
-def _percent(axes: Axes) -> None:
-    axes.set_ylim(0, 100)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy, %")
 
 
 def _plot_dev(

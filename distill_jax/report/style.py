@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Yellow and black are left out, since a page may be white or dark.
@@ -60,6 +61,13 @@ def colour(index: int) -> str:
 def marker(index: int) -> str:
     """The marker of series number `index`, from 0; they repeat after the last."""
     return MARKERS[index % len(MARKERS)]
+
+
+def percent_axis(axes: Axes, label: str = "accuracy, %") -> None:
+    """Makes the axis that goes up one of shares, from 0 to 100%."""
+    axes.set_ylim(0, 100)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel(label)
 
 
 def svg(figure: Figure, name: str) -> str:

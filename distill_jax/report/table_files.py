@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def to_markdown(table: Table) -> str:
       <BLANKLINE>
     """
     rules = [":--", *["--:"] * (len(table.columns) - 1)]
-    lines = [f"**{_cell(table.title)}**", "", _line(table.columns), f"|{'|'.join(rules)}|"]
+    lines = [f"**{plain_markdown(table.title)}**", "", _line(table.columns), f"|{'|'.join(rules)}|"]
     lines += [_line(row) for row in table.rows]
-    note = ["", _cell(table.note)] if table.note else []
+    note = ["", plain_markdown(table.note)] if table.note else []
     return "\n".join([*lines, *note]) + "\n"
 
 
@@ -108,14 +109,14 @@ def write_tables(tables: Sequence[Table], stem: Path) -> list[Path]:
 _WHOLE = (("md", to_markdown), ("tex", to_latex))
 
 
-def _cell(text: str) -> str:
-    """One line that Markdown takes for plain text in a table."""
-    plain = one_line(text).replace("\\", "\\\\").replace("|", "\\|")
-    return plain.replace("<", "&lt;").replace("`", "\\`")
+def plain_markdown(text: str) -> str:
+    """One line that Markdown takes for plain text, in a table too."""
+    plain = re.sub(r"([\\|`*\[\]#~])", r"\\\1", one_line(text))
+    return plain.replace("<", "&lt;")
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_cell, cells))} |"
+    return f"| {' | '.join(map(plain_markdown, cells))} |"
 
 
 def _latex(text: str) -> str:
