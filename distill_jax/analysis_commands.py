@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill_jax.machine import keep_compiled
+
 if TYPE_CHECKING:
     from distill_jax.analysis.findings import Findings
 
@@ -14,6 +16,10 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of f
 To = Annotated[
     Path | None,
     typer.Option(help="A folder for tables and figures; the first run's `analysis` if left out."),
+]
+Number = Annotated[int, typer.Option(min=1, help="Questions, evenly spaced.")]
+Round = Annotated[
+    int, typer.Option("--round", help="Whose weights read; -1: each run's chosen round.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -82,6 +88,84 @@ def cases(
     if to:
         write_text(to, tell(stories))
     print(json.dumps({"cases": stories_json(stories)}) if as_json else tell(stories))
+
+
+@analyse.command()
+def reflection(
+    runs: Runs,
+    number: Number = 200,
+    round_index: Round = -1,
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Table 4: how far apart students hold right and wrong reasoning, and which is likelier."""
+    keep_compiled()
+    from distill_jax.analysis.reflection import study_reflection
+    from distill_jax.progress import Progress
+
+    found = study_reflection(runs, limit=number, round_index=round_index, progress=Progress())
+    _put(found, to or runs[0] / "analysis", "reflection", as_json)
+
+
+@analyse.command()
+def states(
+    runs: Runs,
+    number: Number = 200,
+    round_index: Round = -1,
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Figure 4: a map of the states of right and wrong answers, with silhouette and probe."""
+    import importlib.util
+
+    if importlib.util.find_spec("sklearn") is None:
+        raise ValueError("analyse states needs scikit-learn: pip install 'distill_jax[analysis]'.")
+    keep_compiled()
+    from distill_jax.analysis.state_map import study_states
+    from distill_jax.progress import Progress
+
+    found = study_states(runs, limit=number, round_index=round_index, progress=Progress())
+    _put(found, to or runs[0] / "analysis", "states", as_json)
+
+
+@analyse.command()
+def judge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="TEACHER.KEY=VALUE...", help="Who judges, and the budget."),
+    ],
+    number: Annotated[int, typer.Option(min=1, help="Right ones per exam, and wrong ones.")] = 100,
+    repeats: Annotated[int, typer.Option(min=1, help="Judgements of each.")] = 3,
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Table 6: rationales scored from 1 to 5 by any endpoint. Asks it: this may cost money."""
+    from distill_jax.analysis.judging import judge_run
+    from distill_jax.progress import Progress
+
+    home = to or run / "analysis"
+    found = judge_run(run, settings, number=number, repeats=repeats, to=home, progress=Progress())
+    _put(found, home, "judged", as_json)
+
+
+@analyse.command()
+def transfer(
+    runs: Runs,
+    task: Annotated[list[str], typer.Option(help="A task, or a question file; may be repeated.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY.SUB=VALUE for all exams.")
+    ] = None,
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Table 11: students of one task examined on others. The same command goes on."""
+    keep_compiled()
+    from distill_jax.analysis.transfer import study_transfer
+    from distill_jax.progress import Progress
+
+    found = study_transfer(runs, task, set_ or [], progress=Progress())
+    _put(found, to or runs[0] / "analysis", "transfer", as_json)
 
 
 def compare(

@@ -33,8 +33,9 @@ report.published report.page
 training school teaching plan rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
-analysis.stories
-ledger_commands analysis_commands cli __main__
+analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
+analysis.transfer
+machine ledger_commands analysis_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}

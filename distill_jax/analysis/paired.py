@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 
 from distill_jax.report.marks import wilson
 
@@ -80,7 +80,7 @@ def accuracy_interval(runs: Sequence[Marks]) -> tuple[float, float]:
     return bootstrap([{key: int(right) for key, right in run.items()} for run in runs])
 
 
-def bootstrap(runs: Sequence[Mapping[str, int]], *, seed: int = 0) -> tuple[float, float]:
+def bootstrap(runs: Sequence[Mapping[str, int | float]], *, seed: int = 0) -> tuple[float, float]:
     """The 95% percentile interval of the mean over runs of each run's mean over questions.
 
     Runs are drawn with replacement, and so are questions: the same ones for all runs where all
@@ -110,7 +110,7 @@ def bootstrap(runs: Sequence[Mapping[str, int]], *, seed: int = 0) -> tuple[floa
     return float(low), float(high)
 
 
-def _draw_means(table: Int[Array, "Q K"], rng: np.random.Generator) -> Float[Array, "R K"]:
+def _draw_means(table: Real[Array, "Q K"], rng: np.random.Generator) -> Float[Array, "R K"]:
     """Each run's mean over Q questions drawn with replacement, the same ones for all runs.
 
     Questions whose values are alike are drawn together, as many at a time as fall to them.
