@@ -118,7 +118,7 @@ def test_rounds_of_seeds_are_pooled_and_drawn(shown, tmp_path):
     assert row["rounds"][1]["dev_accuracy"] == pytest.approx((1 + DEV_RIGHT[1] / 40) / 2)
     axes = found.figures["rounds"].axes
     (line,) = axes[1].lines
-    assert line.get_xydata().tolist() == [
+    assert np.asarray(line.get_xydata()).tolist() == [
         [r, 100 * (1 - TRAIN_RIGHT[r + 1] / 80)] for r in range(3)
     ]
     paths = write_findings(found, tmp_path, "rounds")
@@ -156,10 +156,10 @@ def test_a_setting_is_drawn_by_value_with_the_papers_figure(weights, tmp_path):
     assert found.facts["values"][1]["lm_loss_at_end"] == pytest.approx(7.0)
     assert found.facts["values"][1]["paper_accuracy"] == FIGURE_5["multiarith"][0.5] / 100
     (axes,) = found.figures["accuracy"].axes
-    here = axes.containers[0].lines[0].get_xydata().tolist()
+    here = np.asarray(axes.lines[0].get_xydata()).tolist()
     assert here == [[0.0, 80.0], [0.5, 80.0]]
     paper = next(line for line in axes.lines if line.get_label() == "in the paper")
-    assert dict(paper.get_xydata().tolist()) == FIGURE_5["multiarith"]
+    assert dict(np.asarray(paper.get_xydata()).tolist()) == FIGURE_5["multiarith"]
     svg, png = write_figure(found.figures["loss"], tmp_path / "loss")
     words = texts(svg)
     assert "reflection.weight 0" in words and "reflection.weight 0.5" in words

@@ -22,8 +22,14 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    for name in ("run", "exam", "status", "report", "tutor", "data", "import", "export"):
+    names = "run exam status report compare sweep analyse tutor data ledger import export"
+    for name in names.split():
         assert f" {name} " in done.stdout
+
+
+def test_help_of_a_group_of_commands_ends_well():
+    done = command("analyse", "--help")
+    assert done.returncode == 0 and " feedback " in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,11 @@ def test_help_imports_nothing_heavy():
         (["status", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "--to", "out"], "nowhere holds no run"),
         (["data", "prepare", "gsm9k"], "gsm9k"),
+        (["compare", "nowhere"], "nowhere holds no run"),
+        (["compare", "nowhere", "--split", "train"], "--split is test or dev"),
+        (["sweep", "seed=1,2"], "a sweep needs a config"),
+        (["sweep", "{config}", "seeed=1,2"], "did you mean seed?"),
+        (["analyse", "rounds", "nowhere"], "nowhere holds no run"),
         (["exam", "nowhere", "--task", "svamp", "--split", "best"], "'best' is not one of"),
         (["run"], "Missing argument"),
     ],

@@ -24,7 +24,11 @@ from distill_jax.run_folder import read_json, read_records, read_rows, write_row
 from distill_jax.school import exam_prompt, open_student
 
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-SWEEP = ("student.model=/nowhere,scratch", "reflection.weight=0.0,0.5", "rounds.max=1")
+SWEEP = ("student.model=/nowhere,scratch", "rounds.patience=1,2", "rounds.max=1")
+CHEAP = {  # one program of each sort, and the second run finds them compiled
+    "scratch": {"size": (32, 2), "steps": 4},
+    "train": {**SMALL["train"], "epochs": 1, "batch_size": 64, "microbatch_size": 64},
+}
 
 
 def sweep(home: Path) -> subprocess.CompletedProcess:
@@ -35,15 +39,14 @@ def sweep(home: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     home = tmp_path_factory.mktemp("sweep")
-    cheap = {"scratch": {"size": (32, 2), "steps": 8}, "train": {**SMALL["train"], "epochs": 1}}
-    small = {"folder": "unused", **SMALL, **cheap}
+    small = {"folder": "unused", **SMALL, **CHEAP}
     (home / "small.yaml").write_text(yaml.safe_dump(small))
     return home, sweep(home)
 
 
 @pytest.fixture(scope="module")
 def runs(swept) -> list[Path]:
-    names = [f"student.model=scratch,reflection.weight={weight}" for weight in (0.0, 0.5)]
+    names = [f"student.model=scratch,rounds.patience={number}" for number in (1, 2)]
     return [swept[0] / "small" / name for name in names]
 
 
@@ -243,7 +246,9 @@ def test_readings_are_those_of_transformers(shared, tmp_path):
             out = model(torch.tensor([head + tail]), output_hidden_states=True)
         logs = torch.log_softmax(out.logits[0], -1)
         mean = np.mean([float(logs[len(head) + i - 1, token]) for i, token in enumerate(tail)])
-        expected.setdefault((name, side), []).append((mean, out.hidden_states[-1][0, -1].numpy()))
+        expected.setdefault((name, side), []).append(
+            (float(mean), out.hidden_states[-1][0, -1].numpy())
+        )
     for (name, side), values in expected.items():
         mine = [
             i

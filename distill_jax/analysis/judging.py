@@ -59,6 +59,9 @@ def judge_run(
 ) -> Findings:
     """Has the greedy answers of every exam on the training questions judged, from 1 to 5.
 
+    This costs what the judge charges, at most `teacher.budget_usd`. Equal prompts are asked once,
+    and what the ledger holds is never asked again.
+
     Args:
       folder: The run.
       settings: `teacher.url=...`, `teacher.model=...` and others of the section `teacher` that say

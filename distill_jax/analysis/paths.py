@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from distill_jax import packing, plain_packing
-from distill_jax.batches import make_rows
+from distill_jax.batches import Packing, make_rows
 from distill_jax.config import Config
 from distill_jax.packing import Grid, Item, Tokens, find_branches, make_grid
 from distill_jax.prompts import clean_rationale
@@ -178,7 +178,7 @@ def _read(
     config: Config, student: Student, params: Params, items: Sequence[Item], shared: Tokens
 ) -> dict[Item, tuple[Array, Array]]:
     """Mean log likelihoods and states of both texts of every pair."""
-    layout = plain_packing if isinstance(student.model, EncoderDecoderConfig) else packing
+    layout: Packing = plain_packing if isinstance(student.model, EncoderDecoderConfig) else packing
     grid = make_grid(BATCH, microbatches=1, shards=num_row_shards(student.mesh))
     ordered = sorted(items, key=lambda item: sum(map(len, item)))
     batches = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]

@@ -140,7 +140,9 @@ def read_run(folder: Path, split: Split = "test") -> Run:
     if not attempts:
         raise ValueError(f"{folder} has no {split} exam of round {chosen}: there is no {path}.")
     later = [(index, place) for index, place in round_folders(folder).items() if index]
-    lessons = [_read_lesson(place) for _, place in later]
+    # without a ledger nobody outside was asked: the lessons are the student's own
+    asked = (folder / "ledger.sqlite").exists()
+    lessons = [_read_lesson(place) if asked else [] for _, place in later]
     keys = {
         attempt.question_id: question_key(questions[attempt.question_id]) for attempt in attempts
     }
