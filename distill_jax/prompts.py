@@ -168,7 +168,7 @@ def unfenced(prompt: str) -> str:
     return re.sub(rf" {_MARK} (?= {_MARK})| {_MARK}", "", prompt)
 
 
-def judge_prompt(question: Question, text: str) -> str:
+def scoring_prompt(question: Question, text: str) -> str:
     """What a judge of rationales is shown; the rationale stands in it as in a feedback prompt.
 
     Args:
@@ -181,7 +181,7 @@ def judge_prompt(question: Question, text: str) -> str:
 
     Example:
       >>> tom = Question("t/1", "Tom has 2 eggs. He finds 3. How many?", "5", "train", "numeric")
-      >>> print(judge_prompt(tom, "2 + 3 = 6."))
+      >>> print(scoring_prompt(tom, "2 + 3 = 6."))
       Mark a student's reasoning by its accuracy and quality, from 1 to 5.
       1: wrong or incoherent. 3: partly valid. 5: correct and complete. 2 and 4 lie between.
       Question: Tom has 2 eggs. He finds 3. How many?

@@ -10,22 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from sample_run import sample_config, write_run
 from shell import command
 from test_rounds import SMALL
 
 from distill_jax.analysis.paths import Paths, Scores, gather_paths, score_paths
 from distill_jax.analysis.reflection import MEASURES, measure
-from distill_jax.analysis.state_map import map_states
+from distill_jax.analysis.state_map import measure_states
 from distill_jax.analysis.sweep import plan_sweep
+from distill_jax.analysis.transfer import study_transfer
 from distill_jax.config import ConfigError, parse_config
+from distill_jax.config_file import to_yaml
+from distill_jax.progress import Progress
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import Attempt, Question, Rationale, to_json
-from distill_jax.run_folder import read_json, read_records, read_rows, write_rows
+from distill_jax.run_folder import read_records, read_rows, write_json, write_rows
 from distill_jax.school import exam_prompt, open_student
 
+QUIET = Progress(quiet=True)
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-SWEEP = ("student.model=/nowhere,scratch", "rounds.patience=1,2", "rounds.max=1")
-CHEAP = {  # one program of each sort, and the second run finds them compiled
+SWEEP = ("student.model=/nowhere,scratch", "rounds.max=1")
+CHEAP = {  # one program of each sort
     "scratch": {"size": (32, 2), "steps": 4},
     "train": {**SMALL["train"], "epochs": 1, "batch_size": 64, "microbatch_size": 64},
 }
@@ -45,16 +50,15 @@ def swept(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 @pytest.fixture(scope="module")
-def runs(swept) -> list[Path]:
-    names = [f"student.model=scratch,rounds.patience={number}" for number in (1, 2)]
-    return [swept[0] / "small" / name for name in names]
+def run(swept) -> Path:
+    return swept[0] / "small" / "student.model=scratch"
 
 
 @pytest.fixture(scope="module")
-def mixed(runs, tmp_path_factory) -> Path:
+def mixed(run, tmp_path_factory) -> Path:
     """A run whose exam was half right: texts are ours, weights are real."""
     folder = tmp_path_factory.mktemp("mixed") / "run"
-    shutil.copytree(runs[1], folder)
+    shutil.copytree(run, folder)
     questions = read_records(folder / "questions.jsonl", Question)
     rows = []
     for question in (question for question in questions if question.split == "train"):
@@ -68,27 +72,27 @@ def mixed(runs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_failing_member_keeps_no_other_and_the_exit_code_tells(swept, runs):
+def test_a_failing_member_keeps_no_other_and_the_exit_code_tells(swept, run):
     home, done = swept
     facts = json.loads(done.stdout)
-    assert done.returncode == 2 and "/nowhere" in done.stderr, done.stderr
-    assert [member["exit_code"] for member in facts["members"]] == [2, 2, 0, 0]
-    assert [member["finished"] for member in facts["members"]] == [False, False, True, True]
-    rows = facts["comparisons"]["arithmetic"]["rows"]
-    assert [row["runs"] for row in rows] == [[str(run)] for run in runs]
-    assert {path.suffix for path in home.glob("sweep*")} == {
-        *(".md", ".tex", ".csv", ".json", ".svg", ".png"),
-    }
+    assert done.returncode == 2 and "/nowhere is not a directory" in done.stderr, done.stderr
+    assert [member["exit_code"] for member in facts["members"]] == [2, 0]
+    assert [member["finished"] for member in facts["members"]] == [False, True]
+    (row,) = facts["comparisons"]["arithmetic"]["rows"]
+    assert row["runs"] == [str(run)]
+    assert row["steps"] == len(read_rows(run / "round_01" / "metrics.jsonl"))
+    ends = {".md", ".tex", ".csv", ".json", ".svg", ".png"}
+    assert {path.suffix for path in home.glob("sweep*")} == ends
     assert "failed with exit code 2" in (home / "sweep.md").read_text()
 
 
-def test_the_same_command_goes_on_and_leaves_what_is_done(swept, runs):
+def test_the_same_command_goes_on_where_it_stopped(swept, run):
     home, before = swept
-    (runs[1] / "result.json").unlink()
-    times = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*.jsonl")}
+    (run / "result.json").unlink()
+    times = {path: path.stat().st_mtime_ns for path in run.glob("round_*/*.jsonl")}
     after = sweep(home)
-    assert {path: path.stat().st_mtime_ns for path in runs[0].rglob("*.jsonl")} == times
-    assert (runs[1] / "result.json").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.glob("round_*/*.jsonl")} == times
+    assert len(times) >= 5 and (run / "result.json").exists()
     assert json.loads(after.stdout) == json.loads(before.stdout)
 
 
@@ -114,10 +118,8 @@ def test_members_are_named_after_what_varies(tmp_path):
         plan_sweep([path], ["folder=a,b"])
 
 
-def test_reflection_prints_every_definition(runs, mixed, tmp_path):
-    done = command(
-        *("analyse", "reflection", mixed, runs[0], "--to", tmp_path, "--json"), **ONE_DEVICE
-    )
+def test_reflection_prints_every_definition(run, mixed, tmp_path):
+    done = command(*("analyse", "reflection", mixed, run, "--to", tmp_path, "--json"), **ONE_DEVICE)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["questions"] and facts["right"] and facts["wrong"]
@@ -138,8 +140,8 @@ def test_states_are_mapped_and_measured(mixed, tmp_path):
     svg = (tmp_path / "states_states.svg").read_text()
     words = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert "A: run" in words and {"right", "wrong"} <= set(words)
-    right = svg[svg.index('id="A-right"') :]
-    assert right[: right.index("</g>\n  </g>")].count("<use ") == 24
+    right = svg[svg.index('id="A-right"') : svg.index('id="A-wrong"')]
+    assert right.count("<use ") == 24
 
 
 def test_without_scikit_learn_the_command_says_what_to_install(mixed):
@@ -151,21 +153,25 @@ def test_without_scikit_learn_the_command_says_what_to_install(mixed):
     assert done.returncode == 2 and "pip install 'distill_jax[analysis]'" in done.stderr
 
 
-def test_transfer_takes_each_exam_once(runs, tmp_path):
+def test_transfer_takes_each_exam_once(shared, tmp_path):
+    student = {"model": str(shared / "models" / "stories260k"), "compute_dtype": "float32"}
+    taught = {"name": "svamp", "demonstrations": False}
+    exam = {"samples": 2, "max_new_tokens": (8, 8)}
+    run = write_run(tmp_path / "run", longest=100)
+    config = sample_config(run, student=student, task=taught, exam=exam)
+    (run / "config.yaml").write_text(to_yaml(config))
+    write_json(run / "result.json", {"stop_reason": "x", "chosen_round": 0, "rounds": 0})
     own = tmp_path / "own.jsonl"
-    questions = [q for q in read_rows(runs[0] / "questions.jsonl") if q["split"] == "test"][:3]
-    rows = [{"question": q["text"], "answer": q["answer"], "split": "test"} for q in questions]
+    numbers = ("one", "two", "three")
+    rows = [{"question": f"{n} and 1?", "answer": "7", "split": "test"} for n in numbers]
     write_rows(own, rows)
-    words = ("analyse", "transfer", runs[0], "--task", own, "--to", tmp_path / "out", "--json")
-    done = command(*words, "--set", "task.demonstrations=false", **ONE_DEVICE)
-    assert done.returncode == 0, done.stderr
-    exams = json.loads(done.stdout)["exams"]
-    chosen = read_json(runs[0] / "result.json")["chosen_round"]
-    assert [exam["round"] for exam in exams] == sorted({0, chosen})
-    assert {exam["questions"] for exam in exams} == {3} and exams[0]["taught"] == "arithmetic"
+    first = study_transfer([run], [str(own)], progress=QUIET)
+    (mark,) = first.facts["exams"]
+    assert (mark["questions"], mark["taught"], mark["round"]) == (3, "svamp", 0)
     own.unlink()  # nothing is asked again
-    again = command(*words, "--set", "task.demonstrations=false", **ONE_DEVICE)
-    assert json.loads(again.stdout)["exams"] == exams, again.stderr
+    assert study_transfer([run], [str(own)], progress=QUIET).facts == first.facts
+    with pytest.raises(ValueError, match="own"):
+        study_transfer([run], [str(own)], ["exam.top_k=5"], progress=QUIET)
 
 
 def test_measures_against_loops():
@@ -200,10 +206,10 @@ def test_the_probe_sees_what_is_there_and_nothing_else():
     right = np.arange(80) % 2 == 0
     noise = rng.normal(size=(80, 6)).astype(np.float32)
     apart = noise + np.where(right, 4.0, 0.0)[:, None].astype(np.float32)
-    seen, blind = (map_states(Scores(names, right, np.zeros(80), x)) for x in (apart, noise))
-    assert seen.probe > 0.98 and 0.3 < blind.probe < 0.7
-    assert seen.silhouette > 0.3 > 0.1 > blind.silhouette
-    assert seen.places.shape == (80, 2)
+    near, seen = measure_states(Scores(names, right, np.zeros(80), apart))
+    far, blind = measure_states(Scores(names, right, np.zeros(80), noise))
+    assert seen > 0.98 and 0.3 < blind < 0.7
+    assert near > 0.3 > 0.1 > far
 
 
 def test_readings_are_those_of_transformers(shared, tmp_path):

@@ -16,7 +16,7 @@ from distill_jax.analysis.findings import Findings
 from distill_jax.config import TUTOR, ConfigError, TeacherConfig, is_free
 from distill_jax.config_file import load_config, override
 from distill_jax.progress import Progress
-from distill_jax.prompts import judge_prompt
+from distill_jax.prompts import scoring_prompt
 from distill_jax.records import Attempt, Question
 from distill_jax.report.cases import evenly
 from distill_jax.report.files import read_stage, round_folders
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def prompt(self) -> str:
-        return judge_prompt(self.question, self.attempt.text)
+        return scoring_prompt(self.question, self.attempt.text)
 
 
 def judge_run(

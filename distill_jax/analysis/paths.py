@@ -26,7 +26,7 @@ from distill_jax.report.round_summary import finished_rows
 from distill_jax.run_folder import read_records
 from distill_jax.school import Student, exam_prompt
 from distill_jax.student.architecture import EncoderDecoderConfig
-from distill_jax.student.model import Params
+from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.objective import Objective, Readings, read_pairs
 from distill_jax.student.step import bind_states, num_row_shards, put_batch
 
@@ -80,7 +80,7 @@ def gather_paths(folder: Path, *, right: Writer, limit: int) -> Paths:
     exams = [finished_rows(stage) for stage in stages if stage and stage.finished]
     exam: Sequence[Attempt] = exams[-1] if exams else ()
     kept = _taught(rounds.values()) if right == "teacher" else _own(exam)
-    found = {row.question_id: row for row in read_records(folder / "questions.jsonl", Question)}
+    found = {row.id: row for row in read_records(folder / "questions.jsonl", Question)}
     wrong = _most([a for a in exam if a.sample_index and not a.correct and a.text.strip()])
     both = {row.question_id for row in kept} & {attempt.question_id for attempt in wrong}
     chosen = evenly([name for name in found if name in both], limit)
@@ -178,7 +178,7 @@ def _read(
     config: Config, student: Student, params: Params, items: Sequence[Item], shared: Tokens
 ) -> dict[Item, tuple[Array, Array]]:
     """Mean log likelihoods and states of both texts of every pair."""
-    layout: Packing = plain_packing if isinstance(student.model, EncoderDecoderConfig) else packing
+    layout = _find_layout(student.model)
     grid = make_grid(BATCH, microbatches=1, shards=num_row_shards(student.mesh))
     ordered = sorted(items, key=lambda item: sum(map(len, item)))
     batches = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
@@ -195,6 +195,10 @@ def _read(
         readings: Readings = jax.device_get(read(params, jax.tree.map(lambda x: x[0], whole)))
         found |= _place(batch, grid, readings)
     return found
+
+
+def _find_layout(model: ModelConfig) -> Packing:
+    return plain_packing if isinstance(model, EncoderDecoderConfig) else packing
 
 
 def _place(batch: Sequence[Item], grid: Grid, readings: Readings) -> dict[Item, tuple]:

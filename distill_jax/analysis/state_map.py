@@ -101,6 +101,14 @@ def study_states(
 
 def map_states(scores: Scores) -> StateMap:
     """Places and measures of N states."""
+    perplexity = min(PERPLEXITY, (len(scores.states) - 1) / 3)
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=SEED)
+    places = tsne.fit_transform(scores.states)
+    return StateMap(scores, places, *measure_states(scores))
+
+
+def measure_states(scores: Scores) -> tuple[float, float]:
+    """The silhouette and the linear probe's area under the curve, as `StateMap` has them."""
     states, right = scores.states, scores.right
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     guesses = cross_val_predict(
@@ -111,14 +119,7 @@ def map_states(scores: Scores) -> StateMap:
         cv=GroupKFold(FOLDS),
         method="decision_function",
     )
-    perplexity = min(PERPLEXITY, (len(states) - 1) / 3)
-    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=SEED)
-    return StateMap(
-        scores=scores,
-        places=tsne.fit_transform(states),
-        silhouette=float(silhouette_score(states, right)),
-        probe=float(roc_auc_score(right, guesses)),
-    )
+    return float(silhouette_score(states, right)), float(roc_auc_score(right, guesses))
 
 
 def _table(names: Mapping[str, str], maps: Mapping[str, StateMap]) -> Table:

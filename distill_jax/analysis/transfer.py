@@ -33,7 +33,8 @@ def study_transfer(
 
     Args:
       folders: Finished runs, each taught one task.
-      tasks: Names of tasks, or question files; each is asked with its own demonstrations.
+      tasks: Names of tasks, or question files; each is asked with its own demonstrations, and all
+        of its test questions are, but those of a run's own task that the run has.
       settings: `key.sub=value` for all exams, such as `exam.max_new_tokens=[256,128]`.
       progress: Where to show it.
 
@@ -71,7 +72,8 @@ def _examine(
     progress: Progress,
 ) -> dict[str, Any]:
     """One exam, or what it came to when it was taken before."""
-    asked = override(config, [f"task.name={json.dumps(task)}", "task.num_test=0", *settings])
+    whole = [] if task == config.task.name else ["task.num_test=0"]
+    asked = override(config, [f"task.name={json.dumps(task)}", *whole, *settings])
     parts = [part.model_dump(mode="json") for part in (asked.task, asked.exam, asked.student)]
     key = json.dumps([round_index, asked.seed, *parts])
     path = folder / "analysis" / DONE
