@@ -97,6 +97,13 @@ def test_one_seed_gives_wilsons_interval_and_the_exact_test(runs):
     assert against["p_value"] == pytest.approx(Change(20, 0).p_value)
 
 
+def test_an_interval_alone_shows_nothing(runs, tmp_path):
+    little = make_run(tmp_path / "little-seed1", 25, seed=1, reflection={"weight": 0.1})
+    (against,) = compare_runs([runs["one_round-seed1"], little]).facts["against_first"]
+    assert against["interval"][0] > 0 and against["p_value"] == pytest.approx(2 / 2**5)
+    assert against["verdict"] == "no difference shown"
+
+
 def test_a_seed_that_only_one_row_has_is_left_out_and_named(runs):
     names = ("one_round-seed1", "one_round-seed2", "multi_round-seed2")
     found = compare_runs([runs[name] for name in names])

@@ -142,7 +142,7 @@ def read_score(text: str) -> int | None:
     """The last score that a judge names, or the number that is all it says; None without one.
 
     Example:
-      >>> read_score("It skips a step.\\nScore: 4"), read_score("5"), read_score("good")
+      >>> read_score("Score: 1? No.\\nScore: 4"), read_score("5"), read_score("good")
       (4, 5, None)
     """
     named = _SCORE.findall(text)
