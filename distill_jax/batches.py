@@ -5,7 +5,8 @@ seed, the round and the epoch alone: not on the batch size of a device, nor on i
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,11 +14,14 @@ import numpy as np
 
 from distill_jax import packing as tree_packing
 from distill_jax.packing import Grid, Item, Tokens, is_valid
-from distill_jax.prompts import mistake_target, target
-from distill_jax.records import GREEDY, Attempt, Question, Rationale
+from distill_jax.prompts import answer_target, mistake_target, target
+from distill_jax.records import GREEDY, Attempt, Form, Question, Rationale
 from distill_jax.student.objective import Objective
 from distill_jax.student.plain import AnyBatch
 from distill_jax.tokenizer import Tokenizer, common_length
+
+Key = tuple[str, Form]
+"""A question and what is asked of it."""
 
 MAX_POSITIVES = 10
 MAX_NEGATIVES = 4
@@ -38,7 +42,7 @@ class Row:
 class Rows:
     """All rows of a round.
 
-    `len(rows) + sum(dropped.values())` is the number of rationales handed in.
+    With one form, rationales, `len(rows) + sum(dropped.values())` is how many were handed in.
     """
 
     shared: Tokens  # what every prompt begins with, but for the last common token
@@ -58,18 +62,21 @@ def make_rows(
     questions: Mapping[str, Question],
     *,
     tokenizer: Tokenizer,
-    prompt: Callable[[Question], str],
+    prompts: Mapping[Form, Callable[[Question], str]],
     max_length: int,
     seed: int,
 ) -> Rows:
     """Tokenises what a round is trained on.
 
     Args:
-      rationales: The kept ones; each becomes a row or is counted in `dropped`.
+      rationales: The kept ones; each becomes a row of every form that asks for rationales, and
+        their questions' bare answers one of every form that asks for these. What becomes no row
+        is counted in `dropped`.
       attempts: The exam before this round. Its drawn samples that are wrong are the negatives.
       questions: By id; holds every rationale's question.
       tokenizer: The student's.
-      prompt: Gives a question's prompt, demonstrations included.
+      prompts: The forms, each with what gives a question's prompt, demonstrations included. The
+        first is the exam's: only its rows have negatives.
       max_length: Tokens that the student can hold; a longer row is dropped as `too_long`.
       seed: Chooses the pools where a question has more texts than a pool holds.
 
@@ -78,38 +85,53 @@ def make_rows(
       text, at most 10 kept; negatives are the distinct wrong samples, at most 4 kept.
     """
     asked = {row.question_id: questions[row.question_id] for row in rationales}
-    prompts = {key: prompt(question) for key, question in asked.items()}
-    heads = {key: tokenizer.encode_prompt(text) for key, text in prompts.items()}
+    texts: dict[Key, str] = {
+        (id, form): prompts[form](asked[id]) for form in prompts for id in asked
+    }
+    heads = {key: tokenizer.encode_prompt(text) for key, text in texts.items()}
     # The last common token stays with the rows: demonstrations always go on with the same one.
     num_shared = max(common_length(list(heads.values())) - 1, 0)
     shared = next(iter(heads.values()))[:num_shared] if num_shared else []
-    encoded = _Encoder(tokenizer, prompts, heads, max_length)
-    anchors = [encoded.anchor(row, asked[row.question_id]) for row in rationales]
-    wrong = _wrong_texts(attempts)
-    negatives = {key: encoded.mistakes(key, wrong.get(key, ())) for key in asked}
-    positives: dict[str, list[Tokens]] = {}
-    for row, anchor in zip(rationales, anchors, strict=True):
-        if len(heads[row.question_id]) + len(anchor) <= max_length:
-            positives.setdefault(row.question_id, []).append(anchor)
+    encoded = _Encoder(tokenizer, texts, heads, max_length)
+    targets = list(_targets(rationales, asked, prompts))
+    anchors = [(key, encoded.anchor(key, text)) for key, text in targets]
+    fitting = [(key, ids) for key, ids in anchors if len(heads[key]) + len(ids) <= max_length]
+    wrong, exam_form = _wrong_texts(attempts), next(iter(prompts))
+    negatives = {id: encoded.mistakes((id, exam_form), wrong.get(id, ())) for id in asked}
+    positives: dict[Key, list[Tokens]] = {}
+    for key, anchor in fitting:
+        positives.setdefault(key, []).append(anchor)
 
     pick = np.random.default_rng([seed, len(rationales)])
     rows = []
-    for row, anchor in zip(rationales, anchors, strict=True):
-        key = row.question_id
-        if len(heads[key]) + len(anchor) > max_length:
-            continue
+    for key, anchor in fitting:
         others = [text for text in dict.fromkeys(positives[key]) if text != anchor]
         rows.append(
             Row(
-                question_id=key,
+                question_id=key[0],
                 question=tuple(heads[key][num_shared:]),
                 anchor=anchor,
                 positives=_pool(others, MAX_POSITIVES, pick),
-                negatives=_pool(negatives[key], MAX_NEGATIVES, pick),
+                negatives=_pool(
+                    negatives[key[0]] if key[1] == exam_form else (), MAX_NEGATIVES, pick
+                ),
             )
         )
-    dropped = {"too_long": len(rationales) - len(rows)} if len(rows) < len(rationales) else {}
+    dropped = {"too_long": len(targets) - len(rows)} if len(rows) < len(targets) else {}
     return Rows(tuple(shared), tuple(rows), dropped, encoded.num_cut)
+
+
+def _targets(
+    rationales: Sequence[Rationale], questions: Mapping[str, Question], forms: Iterable[Form]
+) -> Iterator[tuple[Key, str]]:
+    """All that is to be written, each with its question and form."""
+    for form in forms:
+        if form.startswith("rationale"):
+            for row in rationales:
+                yield (row.question_id, form), target(questions[row.question_id], row.text)
+        else:
+            for id, question in questions.items():
+                yield (id, form), answer_target(question)
 
 
 class _Encoder:
@@ -118,19 +140,18 @@ class _Encoder:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompts: Mapping[str, str],
-        heads: Mapping[str, Sequence[int]],
+        prompts: Mapping[Key, str],
+        heads: Mapping[Key, Sequence[int]],
         max_length: int,
     ):
         self.tokenizer, self.prompts, self.heads = tokenizer, prompts, heads
         self.max_length = max_length
         self.num_cut = 0
 
-    def anchor(self, row: Rationale, question: Question) -> Tokens:
-        text = target(question, row.text)
-        return tuple(self.tokenizer.encode_target(self.prompts[row.question_id], text))
+    def anchor(self, key: Key, text: str) -> Tokens:
+        return tuple(self.tokenizer.encode_target(self.prompts[key], text))
 
-    def mistakes(self, key: str, texts: Sequence[str]) -> list[Tokens]:
+    def mistakes(self, key: Key, texts: Sequence[str]) -> list[Tokens]:
         room = self.max_length - len(self.heads[key])
         found = []
         for text in texts:
@@ -247,6 +268,7 @@ class Course:
       seed: With the round and the epoch, all that order and pairs depend on.
       round_index: From 1.
       epochs: Passes over the rows.
+      steps: Updates, however many passes they take; 0: as many as the epochs make.
       packing: How batches are laid out.
     """
 
@@ -257,10 +279,11 @@ class Course:
     seed: int
     round_index: int
     epochs: int
+    steps: int = 0
     packing: Packing = tree_packing
 
     def __len__(self) -> int:
-        return sum(len(self._plan(epoch)) for epoch in range(self.epochs))
+        return sum(len(plan) for _, plan in self._plans())
 
     @functools.cached_property
     def shapes(self) -> dict[Any, Any]:
@@ -283,8 +306,7 @@ class Course:
 
     def _items(self, start: int) -> Iterator[tuple[int, list[Item]]]:
         done, order = 0, {"seed": self.seed, "round_index": self.round_index}
-        for epoch in range(self.epochs):
-            plan = self._plan(epoch)
+        for epoch, plan in self._plans():
             skipped = min(max(start - done, 0), len(plan))
             done += len(plan)
             if skipped < len(plan):
@@ -295,6 +317,20 @@ class Course:
     def _item(self, row: Row, positive: Tokens, negative: Tokens) -> Item:
         item = Item(row.question, row.anchor, positive, negative)
         return item if is_valid(item, self.objective) else Item(row.question, row.anchor)
+
+    def _plans(self) -> Iterator[tuple[int, list[list[int]]]]:
+        """The batches of each epoch, the last one broken off where the steps end."""
+        left = self.steps
+        for epoch in itertools.count():
+            if epoch == self.epochs and not self.steps:
+                return
+            plan = self._plan(epoch)
+            if not plan:
+                return
+            yield epoch, plan[:left] if self.steps else plan
+            left -= len(plan)
+            if self.steps and left <= 0:
+                return
 
     def _plan(self, epoch: int) -> list[list[int]]:
         order = {"seed": self.seed, "round_index": self.round_index, "epoch": epoch}

@@ -13,9 +13,13 @@ from urllib.parse import urlsplit
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from distill_jax.records import Form
+
 TASKS = ("gsm8k", "multiarith", "svamp", "csqa", "strategyqa", "arithmetic")
 SCRATCH = "scratch"
 TUTOR = "tutor"
+SELF = "self"
+TEACHER = "teacher"
 SOME = Field(min_length=1)
 
 Matrix = Literal["query", "key", "value", "out", "up", "gate", "down"]
@@ -42,12 +46,15 @@ class TaskConfig(Section):
 
     name: str  # a published set, `arithmetic`, or the path of a JSONL file
     split: Literal["ho2023", "chilled"] = "ho2023"  # of multiarith, svamp and strategyqa
-    demonstrations: bool = True  # put the task's worked examples in front of every question
+    demonstrations: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+    # who is shown the task's worked examples in front of every question
     dev_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # of train; 0 reproduces the paper
     num_train: CountOrAll = 0  # train questions used, before dev is carved out; 0 is all
     num_test: CountOrAll = 0  # test questions used; 0 is all
-    steps: Annotated[tuple[Count, ...], SOME] = (2, 3, 4)  # of arithmetic
-    max_value: Annotated[int, Field(ge=2)] = 30  # arithmetic: the largest number in a question
+    arithmetic: tuple[Annotated[tuple[Count, ...], SOME], Annotated[int, Field(ge=2)]] = (
+        (2, 3, 4),  # of arithmetic: lengths of solutions, in sums
+        30,  # and the largest number in a question
+    )
 
 
 class LoraConfig(Section):
@@ -61,16 +68,10 @@ class LoraConfig(Section):
 class StudentConfig(Section):
     """The small model that is taught."""
 
-    model: str  # a Hugging Face directory or hub id, or `scratch`: made by `scratch` below
+    model: str  # a Hugging Face directory or hub id; `scratch`: made by `scratch` below;
+    # `teacher`: the teacher itself, for exams alone
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # master weights stay float32
     lora: LoraConfig | None = None  # low-rank adapters, which alone are trained, as {rank: 8}
-
-
-class ScratchConfig(Section):
-    """A tiny student trained from nothing on generated arithmetic text; our own."""
-
-    size: tuple[Count, Count] = (160, 3)  # width, layers
-    steps: Count = 800
 
 
 class ExamConfig(Section):
@@ -87,7 +88,9 @@ class ExamConfig(Section):
 class TeacherConfig(Section):
     """The large model that answers over HTTP."""
 
-    url: str = TUTOR  # any OpenAI-compatible endpoint, or `tutor`: the built-in one
+    url: str = (
+        TUTOR  # any OpenAI-compatible endpoint; `tutor`: the built-in one; `self`: the student
+    )
     model: str = TUTOR
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     samples: Count = 4
@@ -114,13 +117,17 @@ class TrainConfig(Section):
     """How the student is trained on a lesson."""
 
     epochs: Count = 10
+    steps: Annotated[tuple[CountOrAll, ...], SOME] = (0,)  # by round, instead; 0: as epochs make
     batch_size: Count = 16
     microbatch_size: Count = 16  # rows computed at a time; smaller saves memory, same gradient
     learning_rates: Rates = (1e-6, 7e-7)  # by round; the last one repeats
     warmup_steps: CountOrAll = 100  # logarithmic, then constant
     weight_decay: NotNegative = 0.01
     prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
-    rows: Literal["new", "union"] = "new"  # this round's rationales, or those of all rounds
+    rows: Annotated[tuple[Literal["new", "old", "own", "judged"], ...], SOME] = ("new",)
+    # this round's rationales; earlier rounds'; the student's own right samples; judged: of these
+    # only those that the teacher approves when it is asked to judge them
+    targets: Annotated[tuple[Form, ...], SOME] = ("rationale",)  # the first one is the exam's form
     start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass recomputes
     checkpoint_every: Count = 200  # steps
@@ -139,7 +146,7 @@ class ReflectionConfig(Section):
 class RoundsConfig(Section):
     """When to stop, and which round is the result."""
 
-    max: Count = 4
+    max: CountOrAll = 4  # 0: the untrained student sits the exams, and that is all
     patience: Count = 1  # rounds without a new best dev accuracy before stopping
     select: Literal["best", "last"] = "best"  # the round that sits the test
 
@@ -159,7 +166,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     task: TaskConfig
     student: StudentConfig
-    scratch: ScratchConfig = ScratchConfig()
+    scratch: tuple[Count, Count, Count] = (160, 3, 800)  # width, layers, steps of a tiny student
+    # that is trained from nothing on generated arithmetic text; our own
     exam: ExamConfig = ExamConfig()
     teacher: TeacherConfig = TeacherConfig()
     tutor: TutorConfig = TutorConfig()
@@ -192,6 +200,7 @@ def _impossible(config: Config) -> Iterator[str]:
         yield f"train.microbatch_size must divide train.batch_size ({size}); got {small}."
     if task.name == "arithmetic" and not task.num_train:
         yield "task.num_train says how many arithmetic questions to make, at least 1; got 0."
+    yield from _impossible_rows(config)
     if config.student.model == SCRATCH and task.name != "arithmetic":
         yield (
             f"student.model={SCRATCH} makes a student that reads arithmetic only, and task.name is "
@@ -213,9 +222,38 @@ def _impossible(config: Config) -> Iterator[str]:
         yield "teacher.budget_usd is the most this run may spend, above 0; got 0."
 
 
+def _impossible_rows(config: Config) -> Iterator[str]:
+    """The same, for what is trained on and who teaches it."""
+    train, teacher, samples = config.train, config.teacher, config.exam.samples
+    if config.student.model == TEACHER and (config.rounds.max or teacher.url == SELF):
+        yield f"student.model={TEACHER} sits exams alone: set rounds.max=0 and a teacher.url."
+    if "own" in train.rows and not samples:
+        yield "train.rows=own takes the student's right samples: set exam.samples to 1 or more."
+    if teacher.url == SELF and teacher.samples > 1 + samples:
+        yield (
+            f"teacher.url={SELF} takes the exam's greedy answer and its samples, "
+            f"{1 + samples} in all; got teacher.samples={teacher.samples}."
+        )
+    if "judged" in train.rows and teacher.url == SELF:
+        yield f"train.rows=judged needs a teacher other than the student; got teacher.url={SELF}."
+    if not {"new", "old", "own"} & set(train.rows):
+        yield "train.rows=judged says which rows are left out: name new, old or own beside it."
+    if not train.targets[0].startswith("rationale") and (
+        teacher.url == SELF or "own" in train.rows or any(map(_is_rationale, train.targets))
+    ):
+        yield (
+            "train.targets begins with the form of the exam, and rationales are learnt from those "
+            f"of an exam that asks for them: put rationale first; got {list(train.targets)}."
+        )
+
+
+def _is_rationale(form: Form) -> bool:
+    return form.startswith("rationale")
+
+
 def is_free(url: str) -> bool:
-    """Whether a teacher at `url` costs nothing: the tutor, or a server on this machine."""
-    if url == TUTOR:
+    """Whether a teacher at `url` costs nothing: tutor, student, or a server on this machine."""
+    if url in (TUTOR, SELF):
         return True
     host = urlsplit(url).hostname or ""
     try:

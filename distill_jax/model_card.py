@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from distill_jax.config import Config
 from distill_jax.progress import one_line, printable
 from distill_jax.prompts import demonstrations, exam_prompt
+from distill_jax.records import Form
 from distill_jax.report.headline import NOT_KNOWN, headline, percent
 from distill_jax.report.settings import beyond_paper, flatten
 from distill_jax.report.summary import Summary, read_questions, summarise
@@ -49,9 +50,10 @@ def make_card(folder: Path, round_index: int, *, name: str) -> str:
         held_out=held_out_table(summary),
         settings=[row for row in beyond_paper(config) if row[0] not in _LISTED],
         rounds=_rounds(summary),
-        demonstrations=config.task.demonstrations and demonstrations(config.task.name) != "",
+        demonstrations="student" in config.task.demonstrations
+        and demonstrations(config.task.name, config.train.targets[0]) != "",
         prompt_version=str(manifest.get("prompt_version", NOT_KNOWN)),
-        prompt=_prompt(folder),
+        prompt=_prompt(folder, config.train.targets[0]),
         versions=list(flatten(manifest.get("versions", {}))),
     )
 
@@ -126,8 +128,8 @@ def _rounds(summary: Summary) -> list[tuple[str, ...]]:
     ]
 
 
-def _prompt(folder: Path) -> str:
+def _prompt(folder: Path, form: Form) -> str:
     """A training question as the student was asked it, without worked examples."""
     questions = read_questions(folder).values()
     question = next(question for question in questions if question.split == "train")
-    return exam_prompt(question, demonstrations="")
+    return exam_prompt(question, demonstrations="", form=form)

@@ -1,13 +1,13 @@
 """What a run may cost, before anything is spent: requests, tokens and dollars."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
-from distill_jax.config import Config, is_free
+from distill_jax.config import TEACHER, Config, is_free
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Question
-from distill_jax.teaching import make_prompt
+from distill_jax.teaching import asks_teacher, exam_prompt, make_prompt
 
 _EXPECTED_SHARE = 0.5  # of the questions, in every round after the first
 _EXPECTED_ANSWER = 0.5  # of the token limit
@@ -62,7 +62,9 @@ def plan_teacher(config: Config) -> TeacherPlan:
     """
     questions = load_questions(config.task, seed=config.seed, data_dir=default_data_dir())
     train = [question for question in questions if question.split == "train"]
-    teacher, later = config.teacher, config.rounds.max - 1
+    if config.student.model == TEACHER or not asks_teacher(config):
+        return _plan_exams(config, questions)
+    teacher, later = config.teacher, max(config.rounds.max - 1, 0)
     first, again = _prompt_bytes(config, train)
     asked = {"low": 0.0, "expected": later * _EXPECTED_SHARE, "upper": float(later)}
     most = 2 * teacher.samples * (1 + teacher.extra_tries)  # requests for a question, one by one
@@ -96,6 +98,30 @@ def plan_teacher(config: Config) -> TeacherPlan:
         answer_tokens=Bounds(**answer_tokens),
         usd=Bounds(**usd),
         budget_usd=0.0 if free else teacher.budget_usd,
+    )
+
+
+def _plan_exams(config: Config, questions: Sequence[Question]) -> TeacherPlan:
+    """What a run takes whose teacher teaches nobody: it sits the exams, or is not asked at all."""
+    train = [question for question in questions if question.split == "train"]
+    asked = [q for q in questions if q.split != "train" and config.student.model == TEACHER]
+    size = sum(len(exam_prompt(config, question).encode()) for question in asked)
+    limit = config.exam.max_new_tokens[0]
+    prompt_tokens = Bounds(*(size / share for share in _BYTES_PER_TOKEN.values()))
+    prompt_tokens = replace(prompt_tokens, upper=prompt_tokens.upper + len(asked) * _OVERHEAD)
+    answer_tokens = Bounds(*(len(asked) * limit * share for share in (0.25, _EXPECTED_ANSWER, 1.0)))
+    price = config.teacher.price_usd or (0.0, 0.0)
+    bounds = zip(astuple(prompt_tokens), astuple(answer_tokens), strict=True)
+    usd = Bounds(*((sent * price[0] + said * price[1]) / 1e6 for sent, said in bounds))
+    return TeacherPlan(
+        num_questions=len(train),
+        num_rounds=config.rounds.max,
+        free=not any(price),
+        requests=Bounds(*[float(len(asked))] * 3),
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        usd=usd,
+        budget_usd=config.teacher.budget_usd if any(price) else 0.0,
     )
 
 

@@ -13,6 +13,8 @@ T = TypeVar("T")
 Split = Literal["train", "dev", "test"]
 Kind = Literal["numeric", "choice", "yes_no", "text"]
 FinishReason = Literal["stop", "length", "content_filter", "error"]
+Form = Literal["rationale", "answer", "rationale_alone", "answer_alone"]
+"""What the student is asked for, a rationale or the bare answer; `alone`: without examples."""
 Verdict = Literal["kept", "wrong", "unreadable", "cut", "duplicate", "leak", "failed"]
 
 GREEDY = 0

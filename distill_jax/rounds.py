@@ -11,13 +11,22 @@ import numpy as np
 
 from distill_jax import run_folder
 from distill_jax.batches import make_rows
-from distill_jax.config import Config
+from distill_jax.config import SELF, Config
 from distill_jax.exam import accuracy, take_exam
 from distill_jax.progress import Progress
-from distill_jax.records import Attempt, Lesson, Rationale, Split, to_json
+from distill_jax.records import Attempt, Lesson, Question, Split, to_json
 from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
 from distill_jax.school import School, open_school
-from distill_jax.teaching import check_teacher, find_mistakes, teach
+from distill_jax.syllabus import Syllabus, choose, read_sources
+from distill_jax.teacher.lesson import mark_attempts
+from distill_jax.teaching import (
+    check_teacher,
+    exam_prompt,
+    find_mistakes,
+    judge,
+    teach,
+    wants_rationales,
+)
 from distill_jax.training import make_course, train_round
 
 NO_MISTAKES = "every training question was answered right"
@@ -63,8 +72,9 @@ def _play_round(school: School, round_index: int) -> str:
     attempts = _sit(school, round_index, "exam", weights_round=round_index - 1)
     if round_index > 1 and not find_mistakes(attempts):
         return NO_MISTAKES
-    lesson = _teach(school, round_index, attempts)
-    if not lesson.kept:
+    _teach(school, round_index, attempts)
+    _judge(school, round_index)
+    if not _choose(school, round_index).rationales:
         return NOTHING_KEPT
     _train(school, round_index, attempts)
     _sit(school, round_index, "dev", weights_round=round_index)
@@ -102,37 +112,45 @@ def _finish(school: School, finished: int, reason: str) -> None:
     run_folder.write_json(school.folder / "result.json", result)
 
 
-def _sit(school: School, round_index: int, stage: str, *, weights_round: int) -> list[Attempt]:
+def _sit(
+    school: School,
+    round_index: int,
+    stage: str,
+    *,
+    weights_round: int,
+    asked: Sequence[Question] | None = None,
+) -> list[Attempt]:
     """The attempts of one exam, from its file or by taking it.
 
     `exam` asks the training questions for a greedy answer and samples; `dev` and `test` ask their
-    questions for the greedy answer alone.
+    questions for the greedy answer alone; `hinted` asks those in `asked`, and shows the answer.
     """
     path = round_folder(school.folder, round_index) / f"{stage}.jsonl"
-    split: Split = "dev" if stage == "dev" else "test" if stage == "test" else "train"
-    questions = school.questions[split]
     if path.exists():
         return read_records(path, Attempt)
-    samples = school.config.exam.samples if stage == "exam" else 0
+    split: Split = "dev" if stage == "dev" else "test" if stage == "test" else "train"
+    questions = school.questions[split] if asked is None else asked
+    config, hinted = school.config, stage == "hinted"
+    samples = {"exam": config.exam.samples, "hinted": config.teacher.samples - 1}.get(stage, 0)
     part = Partial(path)
     part.keep(len(part.rows) - len(part.rows) % (1 + samples))  # whole questions only
     done = {row["question_id"] for row in part.rows}
     if len(done) < len(questions):
-        generate = partial(
-            school.student.generate,
-            school.student.weights.get(weights_round),
-            samples=samples,
-            seed=school.config.seed,
-            round_index=weights_round,
-        )
         sitting = take_exam(
-            questions, generate, prompt=school.prompt, round_index=weights_round, done=done
+            questions,
+            school.sitting(weights_round, samples=samples),
+            prompt=partial(exam_prompt, config, hint=hinted),
+            round_index=weights_round,
+            done=done,
         )
-        title = f"{stage if split == 'train' else f'{split} exam'}, round {round_index}"
+        title = f"{split} exam" if split != "train" else "hinted exam" if hinted else "exam"
         with (
             timed(school.folder, round_index, stage),
             school.progress.stage(
-                title, total=len(questions), unit="questions", done=len(done)
+                f"{title}, round {round_index}",
+                total=len(questions),
+                unit="questions",
+                done=len(done),
             ) as advance,
         ):
             for attempts in sitting:
@@ -147,36 +165,77 @@ def _sit(school: School, round_index: int, stage: str, *, weights_round: int) ->
     return rows
 
 
-def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
-    """The round's lesson, from its file or from the teacher."""
-    path = round_folder(school.folder, round_index) / "lesson.jsonl"
+def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
+    """Leaves the round's lesson in its file: the teacher's, or the student's own. Or an empty one.
+
+    It is empty where the student learns bare answers, which the questions hold.
+    """
+    path, config = round_folder(school.folder, round_index) / "lesson.jsonl", school.config
     if path.exists():
-        return Lesson(tuple(read_records(path, Rationale)))
-    with timed(school.folder, round_index, "teach"):
-        lesson = teach(
-            school.config,
+        return
+    if not wants_rationales(config):
+        lesson = Lesson(())
+    elif config.teacher.url == SELF:
+        lesson = _teach_oneself(school, round_index, attempts)
+    else:
+        with timed(school.folder, round_index, "teach"):
+            lesson = teach(
+                config,
+                school.folder,
+                school.questions["train"],
+                attempts,
+                round_index=round_index,
+                progress=school.progress,
+            )
+    write_records(path, lesson.rows)
+
+
+def _judge(school: School, round_index: int) -> None:
+    """Leaves those of a round's own rationales that the teacher approves of, if it is to judge."""
+    config = school.config
+    path = round_folder(school.folder, round_index) / "judged.jsonl"
+    if "judged" not in config.train.rows or path.exists():
+        return
+    with timed(school.folder, round_index, "judge"):
+        approved = judge(
+            config,
             school.folder,
             school.questions["train"],
-            attempts,
+            read_sources(config, path.parent),
             round_index=round_index,
             progress=school.progress,
         )
-    write_records(path, lesson.rows)
-    return lesson
+    write_records(path, approved)
+
+
+def _teach_oneself(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
+    """The student's own attempts; where none is right, those that it makes once shown the answer.
+
+    Source: STaR (Zelikman et al., NeurIPS 2022).
+    """
+    questions, samples = school.questions["train"], school.config.teacher.samples
+    tried = [attempt for attempt in attempts if attempt.sample_index < samples]
+    if school.config.teacher.hint:
+        right = {attempt.question_id for attempt in tried if attempt.correct}
+        stuck = [question for question in questions if question.id not in right]
+        tried += _sit(school, round_index, "hinted", weights_round=round_index - 1, asked=stuck)
+    return mark_attempts(questions, tried, round_index=round_index)
 
 
 def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
     """Trains on the round's rationales, unless that is done."""
     config, student = school.config, school.student
+    assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
     if (folder / "metrics.jsonl").exists():
         return
+    chosen = _choose(school, round_index)
     rows = make_rows(
-        _rationales(school, round_index),
+        chosen.rationales,
         attempts,
         {question.id: question for question in school.questions["train"]},
         tokenizer=student.tokenizer,
-        prompt=school.prompt,
+        prompts={form: partial(exam_prompt, config, form=form) for form in config.train.targets},
         max_length=student.model.max_positions,
         seed=config.seed,
     )
@@ -184,7 +243,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         school.folder,
         round_index,
         rows=len(rows.rows),
-        dropped_rows=dict(rows.dropped),
+        dropped_rows={**chosen.left_out, **rows.dropped},
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
         steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
@@ -204,12 +263,11 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     student.weights.put(round_index, trained, frozen)
 
 
-def _rationales(school: School, round_index: int) -> list[Rationale]:
-    """What the round is trained on: its own rationales, or those of all rounds, each text once."""
-    first = 1 if school.config.train.rows == "union" else round_index
-    found = {}
-    for index in range(first, round_index + 1):
-        lesson = read_records(round_folder(school.folder, index) / "lesson.jsonl", Rationale)
-        for row in Lesson(tuple(lesson)).kept:
-            found.setdefault((row.question_id, row.text), row)
-    return list(found.values())
+def _choose(school: School, round_index: int) -> Syllabus:
+    return choose(
+        school.config,
+        school.folder,
+        school.questions["train"],
+        school.exam_texts,
+        round_index=round_index,
+    )

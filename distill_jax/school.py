@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill_jax import checkpoint, prompts, run_folder, scratch, weights
-from distill_jax.config import SCRATCH, Config, ConfigError
-from distill_jax.exam import passes, take_exam, vote
+from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
+from distill_jax.contamination import ExamTexts
+from distill_jax.exam import Sitting, passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
@@ -24,6 +25,7 @@ from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+from distill_jax.teaching import exam_prompt, sit_exam
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.writer import Writer, make_writer
 
@@ -161,19 +163,22 @@ class School:
     config: Config
     folder: Path
     questions: dict[Split, list[Question]]
-    student: Student
+    exam_texts: ExamTexts  # of the test questions, which nobody is taught
+    student: Student | None  # None where the teacher sits the exams
     progress: Progress
 
-    def prompt(self, question: Question) -> str:
-        """What the student is shown."""
-        return exam_prompt(self.config, question)
-
-
-def exam_prompt(config: Config, question: Question) -> str:
-    """What the student is shown, with the worked examples that the config asks for."""
-    task = config.task
-    examples = prompts.demonstrations(task.name) if task.demonstrations else ""
-    return prompts.exam_prompt(question, demonstrations=examples)
+    def sitting(self, weights_round: int, *, samples: int) -> Sitting:
+        """Who sits an exam, with the weights of a round."""
+        if self.student is None:
+            everything = [question for rows in self.questions.values() for question in rows]
+            return sit_exam(self.config, self.folder, everything)
+        return partial(
+            self.student.generate,
+            self.student.weights.get(weights_round),
+            samples=samples,
+            seed=self.config.seed,
+            round_index=weights_round,
+        )
 
 
 def open_school(config: Config, folder: Path, progress: Progress) -> School:
@@ -184,23 +189,37 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
         with.
     """
     questions = _split(load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
+    exam_texts = ExamTexts(questions["test"])
+    questions["train"], found = exam_texts.split(questions["train"])
     if not questions["train"]:
-        raise ConfigError(f"task.name={config.task.name} has no training questions to teach.")
+        raise ConfigError(
+            f"task.name={config.task.name} has no training questions to teach, but for "
+            f"{sum(map(len, found.values()))} that are test questions too."
+        )
     _keep_questions(folder, [question for rows in questions.values() for question in rows])
-    base = _base_model(config, folder, questions, progress)
-    student = open_student(config, base, folder)
-    files = sorted(base.glob("*.safetensors"))
-    facts = {
+    facts: dict[str, Any] = {
+        "contamination": {
+            "test_questions": len(questions["test"]),
+            **{f"train_questions_{reason}": len(ids) for reason, ids in found.items()},
+            "left_out": [id for ids in found.values() for id in ids],
+        },
         "prompt_version": prompts.PROMPT_VERSION,
         "questions": {split: len(rows) for split, rows in questions.items()},
         "questions_sha256": run_folder.hash_file(folder / "questions.jsonl"),
-        "weights_sha256": {path.name: run_folder.hash_file(path) for path in files},
-        "devices": f"{student.mesh.size} x {jax.devices()[0].device_kind}",
-        "mesh": dict(student.mesh.shape),
         "seed": config.seed,
     }
+    student = None
+    if config.student.model != TEACHER:
+        base = _base_model(config, folder, questions, progress)
+        student = open_student(config, base, folder)
+        files = sorted(base.glob("*.safetensors"))
+        facts |= {
+            "weights_sha256": {path.name: run_folder.hash_file(path) for path in files},
+            "devices": f"{student.mesh.size} x {jax.devices()[0].device_kind}",
+            "mesh": dict(student.mesh.shape),
+        }
     run_folder.write_manifest(folder, facts)
-    return School(config, folder, questions, student, progress)
+    return School(config, folder, questions, exam_texts, student, progress)
 
 
 def _split(questions: Sequence[Question]) -> dict[Split, list[Question]]:
@@ -239,8 +258,10 @@ def find_base(config: Config, folder: Path) -> Path:
     """The directory of the untrained student of a run that has one.
 
     Raises:
-      ConfigError: the run has not made its student yet.
+      ConfigError: the run has not made its student yet, or the student is the teacher.
     """
+    if config.student.model == TEACHER:
+        raise ConfigError(f"student.model={TEACHER} has no weights; distill-jax run examines it.")
     if config.student.model != SCRATCH:
         return weights.find_model(config.student.model)
     path = folder / "round_00" / "student"

@@ -46,6 +46,7 @@ RETELLING = "Tell this story again. {story}"
 
 ONE_STEP = 0.3  # share of stories that are asked and solved; the others are retold
 LONGEST_STORY = 4  # steps of a story that is retold, or that a sum is taken from
+FOREIGN = 0.5  # share of retellings that are of a task's own questions, where there are some
 TIPPED = 0.2  # share of one-step solutions with a tip about a mistake, as the tutor gives it
 
 HEADS = 4
@@ -73,22 +74,27 @@ def make_student(
     """Trains a student that is weak on purpose, and writes it as a Hugging Face directory.
 
     Args:
-      config: Its `scratch`, `seed`, `task.max_value` and `student.compute_dtype` are read.
+      config: Its `scratch`, `seed`, `task.arithmetic` and `student.compute_dtype` are read.
       folder: Made here, beside and renamed last: an interrupted call starts anew.
-      questions: Of all splits. No document holds the text of one of them.
+      questions: Of all splits. No document holds the text of one of them, but of a task other than
+        arithmetic the training questions are retold, so that their words are known.
       mesh: Where it is trained.
       progress: Where to show the steps.
 
     Raises:
-      ValueError: the width in `scratch.size` can't be cut into heads.
+      ValueError: the width in `scratch` can't be cut into heads.
     """
-    tokenizer = make_tokenizer()
-    model = make_model(*config.scratch.size, len(tokenizer))
-    random, max_value = Random(f"scratch text {config.seed}"), config.task.max_value
+    foreign = config.task.name != "arithmetic"
+    taught = [question for question in questions if foreign and question.split == "train"]
+    told = [question.text for question in taught]
+    tokenizer = make_tokenizer([*told, *(question.solution for question in taught)])
+    width, layers, steps = config.scratch
+    model = make_model(width, layers, len(tokenizer))
+    random, max_value = Random(f"scratch text {config.seed}"), config.task.arithmetic[1]
     exam_texts = {question.text for question in questions}
     cards = draw_cards(random, max_value=max_value)
-    stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts)
-    backend, steps = tokenizer.backend_tokenizer, config.scratch.steps
+    stories = draw_stories(random, max_value=max_value, exam_texts=exam_texts, told=told)
+    backend = tokenizer.backend_tokenizer
     kinds = islice(cycle([(cards, CARDS), (stories, STORIES)]), steps)
     items = [encode(islice(documents, size), backend) for documents, size in kinds]
     grid = make_grid(CARDS, microbatches=1, shards=num_row_shards(mesh))
@@ -105,7 +111,7 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
       ValueError: the heads would not have the same even number of dims.
     """
     if width % (2 * HEADS):
-        raise ValueError(f"scratch.size: the width is a multiple of {2 * HEADS}; got {width}.")
+        raise ValueError(f"scratch: the width is a multiple of {2 * HEADS}; got {width}.")
     return ModelConfig(
         vocab_size=vocab_size,
         width=width,
@@ -120,11 +126,12 @@ def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words and numbers that gives every text of the laboratory back.
 
-    It knows all words of the arithmetic questions, of their prompts and of the built-in tutor, and
-    the numbers up to `LARGEST`. A larger number is several tokens; any other word is unknown.
+    It knows all words of the arithmetic questions, of their prompts, of the built-in tutor and of
+    `texts`, and the numbers up to `LARGEST`. A larger number is several tokens; any other word is
+    unknown.
 
     Example:
       >>> tokenizer = make_tokenizer()
@@ -132,7 +139,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
       ['<s>', 'Answer', ':', ' 42']
     """
     asked = _document(RETELLING.format(story=""), "\nAnswer: 2")
-    lines = ["".join(asked), *wordings(), *phrases()]
+    lines = ["".join(asked), *wordings(), *phrases(), *texts]
     lines += [he for _, he, _ in PEOPLE]
     words = {word for line in lines for word in re.findall(TOKEN, f" {line.strip()}")}
     words |= {"Question"}  # the one word that begins a text
@@ -160,7 +167,7 @@ def draw_cards(random: Random, *, max_value: int) -> Iterator[Document]:
 
 
 def draw_stories(
-    random: Random, *, max_value: int, exam_texts: Collection[str]
+    random: Random, *, max_value: int, exam_texts: Collection[str], told: Sequence[str] = ()
 ) -> Iterator[Document]:
     """Draws stories without end: problems of one step with their solution, and retellings.
 
@@ -170,6 +177,7 @@ def draw_stories(
       random: Decides everything.
       max_value: As of the questions that the student will be asked.
       exam_texts: Texts of questions that must not occur, neither asked nor retold.
+      told: Texts that half of the retellings are of; none if empty.
     """
     while True:
         solved = random.random() < ONE_STEP
@@ -180,7 +188,9 @@ def draw_stories(
         if solved:
             yield _document(story.question, _solution(story, random))
         else:
-            yield _document(RETELLING.format(story=story.text), f" {story.text}")
+            foreign = told and random.random() < FOREIGN
+            text = random.choice(told) if foreign else story.text
+            yield _document(RETELLING.format(story=text), f" {text}")
 
 
 def encode(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer) -> list[Item]:
@@ -226,7 +236,8 @@ def _train(
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = init_params(model, jax.random.key(config.seed), everywhere)
     params["embedding"] *= EMBEDDING_SCALE
-    optimizer = make_optimizer(model, config.scratch.steps)
+    *_, steps = config.scratch
+    optimizer = make_optimizer(model, steps)
     opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
     state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
     step = make_step(
@@ -238,7 +249,6 @@ def _train(
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat="dots",
     )
-    steps = config.scratch.steps
     with progress.stage("training a student from nothing", total=steps, unit="steps") as advance:
         for batch in batches:
             state, figures = step(state, put_batch(batch, mesh))

@@ -1,15 +1,18 @@
-"""One round's lesson: whom to ask about what, and where the teacher is."""
+"""One round's lesson: whom to ask about what, and where the teacher is; the teacher's own exam."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from distill_jax import prompts
-from distill_jax.config import TUTOR, Config, is_free
+from distill_jax.answers import read_answer
+from distill_jax.config import SELF, TEACHER, TUTOR, Config, is_free
+from distill_jax.exam import Sitting
 from distill_jax.progress import Progress
-from distill_jax.records import GREEDY, Attempt, Lesson, Question
-from distill_jax.teacher.account import find_secret
+from distill_jax.records import GREEDY, Attempt, Completion, Form, Lesson, Question, Rationale
+from distill_jax.teacher.account import Ask, find_secret
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import Complete, Prompt, ask_teacher
@@ -25,13 +28,68 @@ def find_mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
     }
 
 
+def wants_rationales(config: Config) -> bool:
+    """Whether any form of the targets has a rationale; bare answers need no teacher."""
+    return any(form.startswith("rationale") for form in config.train.targets)
+
+
+def asks_teacher(config: Config) -> bool:
+    """Whether anything goes out to a teacher in the whole run."""
+    taught = config.rounds.max and config.teacher.url != SELF and wants_rationales(config)
+    return config.student.model == TEACHER or bool(taught)
+
+
+def exam_prompt(
+    config: Config, question: Question, *, form: Form | None = None, hint: bool = False
+) -> str:
+    """What the student is shown, with the worked examples that the config asks for.
+
+    Args:
+      config: Task and forms.
+      question: The question.
+      form: What is asked for; None: what the config's exams ask for.
+      hint: Whether the gold answer is shown, for a student that explains it to itself.
+    """
+    task, form = config.task, form or config.train.targets[0]
+    shown = "student" in task.demonstrations
+    examples = prompts.demonstrations(task.name, form, hint=hint) if shown else ""
+    return prompts.exam_prompt(question, demonstrations=examples, form=form, hint=hint)
+
+
+def sit_exam(config: Config, folder: Path, questions: Sequence[Question]) -> Sitting:
+    """The teacher as one who sits exams, for `take_exam`: greedy answers alone, no hint.
+
+    An answer that never came is an empty text, and marked wrong like any other silence.
+    """
+    limit = config.exam.max_new_tokens[0]
+    greedy = config.teacher.model_copy(
+        update={"temperature": 0.0, "samples": 1, "max_tokens": limit}
+    )
+
+    def generate(
+        prompts: Sequence[str], ids: Sequence[str], *, done: Collection[int] = ()
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        owed = [index for index in range(len(ids)) if index not in done]
+        with (
+            Ledger(folder / "ledger.sqlite") as ledger,
+            _teacher(config.model_copy(update={"teacher": greedy}), ledger, questions) as teacher,
+        ):
+            answers = teacher.complete([Ask(prompts[index], (0,)) for index in owed])
+        for index, (said,) in zip(owed, answers, strict=True):
+            text = "\n".join(line for line in said.text.splitlines() if line.strip())
+            yield index, [replace(said, text=text)]
+
+    return generate
+
+
 def check_teacher(config: Config) -> None:
-    """Makes sure that the teacher can be asked later, without asking.
+    """Makes sure that a teacher who will be asked can be asked, without asking.
 
     Raises:
       CredentialsRefused: there is no key and one is needed, or it can't be read.
     """
-    find_secret(config.teacher, free=is_free(config.teacher.url))
+    if asks_teacher(config):
+        find_secret(config.teacher, free=is_free(config.teacher.url))
 
 
 def teach(
@@ -74,6 +132,44 @@ def teach(
 
         complete = partial(teacher.complete, advance=tick)
         return _lesson(config, asked, attempts, complete, round_index)
+
+
+def judge(
+    config: Config,
+    folder: Path,
+    questions: Sequence[Question],
+    rationales: Sequence[Rationale],
+    *,
+    round_index: int,
+    progress: Progress,
+) -> list[Rationale]:
+    """Those of the rationales that the teacher approves of; what its ledger holds costs nothing.
+
+    One without a readable yes is not approved.
+
+    Args:
+      config: The run's settings.
+      folder: The run, with its ledger.
+      questions: All training questions.
+      rationales: With right answers; the teacher's own, or the student's.
+      round_index: From 1.
+      progress: Where to show it.
+
+    Raises:
+      TeacherError, OSError: as `TeacherClient.complete`.
+    """
+    asked = {question.id: question for question in questions}
+    asks = [Ask(prompts.judge_prompt(asked[row.question_id], row.text), (0,)) for row in rationales]
+    with (
+        progress.stage(
+            f"judging, round {round_index}", total=len(asks), unit="rationales"
+        ) as advance,
+        Ledger(folder / "ledger.sqlite") as ledger,
+        _teacher(config, ledger, questions) as teacher,
+    ):
+        answers = teacher.complete(asks, advance=advance)
+    said = (read_answer(answer.text, "yes_no", paragraphs=True) for (answer,) in answers)
+    return [row for row, word in zip(rationales, said, strict=True) if word == "Yes"]
 
 
 def replay(
@@ -127,9 +223,12 @@ def _lesson(
 def make_prompt(config: Config) -> Prompt:
     """What the teacher is shown of a question and the mistake, if there is one."""
     name, hint = config.task.name, config.teacher.hint
-    examples = [
-        prompts.teacher_demonstrations(name, feedback=shown, hint=hint) for shown in (False, True)
-    ]
+    examples = ["", ""]
+    if "teacher" in config.task.demonstrations:
+        examples = [
+            prompts.teacher_demonstrations(name, feedback=shown, hint=hint)
+            for shown in (False, True)
+        ]
 
     def prompt(question: Question, mistake: str | None) -> str:
         shown = examples[mistake is not None]

@@ -4,9 +4,9 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
+
+T = TypeVar("T")
 
 WINDOW = 10
 """Steps that rates are taken over."""
@@ -74,9 +76,7 @@ def train_round(
       TrainingDiverged: a loss is not a number. The states saved before it are kept.
     """
     train = config.train
-    schedule = warmup_schedule(
-        train.learning_rates[min(round_index, len(train.learning_rates)) - 1], train.warmup_steps
-    )
+    schedule = warmup_schedule(by_round(train.learning_rates, round_index), train.warmup_steps)
     optimizer = make_optimizer(schedule, train.weight_decay)
     course = make_course(config, model, mesh, rows, round_index)
     trained, frozen = load()
@@ -134,8 +134,19 @@ def make_course(
         seed=config.seed,
         round_index=round_index,
         epochs=train.epochs,
+        steps=by_round(train.steps, round_index),
         packing=plain_packing if isinstance(model, EncoderDecoderConfig) else packing,
     )
+
+
+def by_round(values: Sequence[T], round_index: int) -> T:
+    """What a list has for a round, from 1; the last value repeats.
+
+    Example:
+      >>> by_round((1e-6, 7e-7), 3)
+      7e-07
+    """
+    return values[min(round_index, len(values)) - 1]
 
 
 def _copy(params: Params, config: Config) -> Params:

@@ -61,7 +61,7 @@ def rows_of(rationales: list[Rationale], attempts: list[Attempt], max_length: in
         attempts,
         questions,
         tokenizer=LETTERS,
-        prompt=lambda q: f"{DEMO}\nQuestion: {q.text}\nReasoning:",
+        prompts={"rationale": lambda q: f"{DEMO}\nQuestion: {q.text}\nReasoning:"},
         max_length=max_length,
         seed=0,
     )

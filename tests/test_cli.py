@@ -63,7 +63,7 @@ def test_mistakes_get_one_sentence_exit_code_2_and_write_nothing(
 
 def test_exam_of_a_real_model_on_real_questions(shared: Path, tmp_path: Path):
     prepare("svamp", data_dir=tmp_path, source=shared / "data")
-    settings = ["task.num_test=5", "task.demonstrations=false", "exam.max_new_tokens=[24, 24]"]
+    settings = ["task.num_test=5", "task.demonstrations=[]", "exam.max_new_tokens=[24, 24]"]
     model = shared / "models" / "stories260k"
     done = command(
         "exam", model, "--task", "svamp", "--json", *settings, DISTILL_JAX_DATA=str(tmp_path)

@@ -56,7 +56,7 @@ def test_defaults_are_the_papers():
     assert config.train.learning_rates == (1e-6, 7e-7)
     assert (config.reflection.weight, config.reflection.margin) == (0.5, 1.0)
     assert (config.exam.samples, config.exam.top_k, config.teacher.top_p) == (4, 50, 0.9)
-    assert (config.train.rows, config.train.start, config.seed) == ("new", "previous", 42)
+    assert (config.train.rows, config.train.start, config.seed) == (("new",), "previous", 42)
 
 
 def test_overrides_win_over_the_file_and_it_over_what_it_extends(tmp_path: Path):

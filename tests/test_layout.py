@@ -10,7 +10,7 @@ PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
 records config config_file numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
-questions.own_file questions.arithmetic questions
+questions.own_file questions.arithmetic questions contamination
 prompts tokenizer
 student.sharding student.architecture student.attention student.blocks student.encoder_decoder
 student.model student.lora
@@ -30,7 +30,7 @@ packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.style report.figures report.headline report.tables report.table_files
 report.published report.page
-training school teaching plan rounds model_card exchange replay
+teaching syllabus training school plan rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
 analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging

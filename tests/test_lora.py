@@ -216,7 +216,7 @@ def test_two_rounds_leave_the_base_as_it_was(tmp_path):
     file, folder = tmp_path / "small.yaml", tmp_path / "run"
     student = SMALL["student"] | {"lora": {"rank": 4, "targets": ["query", "value", "down"]}}
     values = SMALL | {"folder": str(folder), "student": student}
-    values["scratch"] = {"size": [16, 2], "steps": 4}
+    values["scratch"] = [16, 2, 4]
     file.write_text(yaml.safe_dump(values))
     command("run", file, "mesh.fsdp=2", "mesh.tensor=2")
     assert json.loads((folder / "result.json").read_text())["rounds"] == 2

@@ -283,9 +283,9 @@ def test_the_terminal_gets_words_only(run):
 
 def test_settings_beyond_the_paper(tmp_path):
     teacher = {"url": "https://me:secret@teacher.example/v1?key=k", "price_usd": [0.0, 0.0]}
-    config = sample_config(tmp_path, teacher=teacher, train={"rows": "union"})
+    config = sample_config(tmp_path, teacher=teacher, train={"rows": ["new", "old"]})
     settings = {name: (old, new) for name, old, new in beyond_paper(config)}
-    assert settings["train.rows"] == ("new", "union")
+    assert settings["train.rows"] == ("new", "new, old")
     assert settings["teacher.url"] == ("tutor", "https://teacher.example/v1")
     assert "folder" not in settings and "seed" not in settings
     assert "secret" not in str(settings) and "key" not in str(settings)

@@ -23,11 +23,10 @@ SMALL = {
         "num_train": 30,
         "num_test": 6,
         "dev_fraction": 0.2,
-        "steps": [1, 2],
-        "max_value": 9,
+        "arithmetic": [[1, 2], 9],
     },
     "student": {"model": "scratch", "compute_dtype": "float32"},
-    "scratch": {"size": (32, 2), "steps": 120},
+    "scratch": [32, 2, 120],
     "exam": {
         "samples": 2,
         "max_new_tokens": (40, 40),

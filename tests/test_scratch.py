@@ -58,7 +58,7 @@ def tiny() -> Config:
             "seed": 4,
             "task": {"name": "arithmetic", "num_train": 60},
             "student": {"model": "scratch", "compute_dtype": "float32"},
-            "scratch": {"size": (16, 1), "steps": 3},
+            "scratch": (16, 1, 3),
         }
     )
 
@@ -248,5 +248,5 @@ def test_the_same_seed_gives_the_same_student(student: Path, tmp_path: Path):
 
 
 def test_a_width_without_even_heads_is_refused():
-    with pytest.raises(ValueError, match=r"scratch.size: the width is a multiple of 8; got 20\."):
+    with pytest.raises(ValueError, match=r"scratch: the width is a multiple of 8; got 20\."):
         scratch.make_model(20, 1, 100)

@@ -25,13 +25,14 @@ from distill_jax.progress import Progress
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import Attempt, Question, Rationale, to_json
 from distill_jax.run_folder import read_records, read_rows, write_json, write_rows
-from distill_jax.school import exam_prompt, open_student
+from distill_jax.school import open_student
+from distill_jax.teaching import exam_prompt
 
 QUIET = Progress(quiet=True)
 ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 SWEEP = ("student.model=/nowhere,scratch", "rounds.max=1")
 CHEAP = {  # one program of each sort
-    "scratch": {"size": (32, 2), "steps": 4},
+    "scratch": (32, 2, 4),
     "train": {**SMALL["train"], "epochs": 1, "batch_size": 64, "microbatch_size": 64},
 }
 
@@ -155,7 +156,7 @@ def test_without_scikit_learn_the_command_says_what_to_install(mixed):
 
 def test_transfer_takes_each_exam_once(shared, tmp_path):
     student = {"model": str(shared / "models" / "stories260k"), "compute_dtype": "float32"}
-    taught = {"name": "svamp", "demonstrations": False}
+    taught = {"name": "svamp", "demonstrations": ()}
     exam = {"samples": 2, "max_new_tokens": (8, 8)}
     run = write_run(tmp_path / "run", longest=100)
     config = sample_config(run, student=student, task=taught, exam=exam)
@@ -218,7 +219,7 @@ def test_readings_are_those_of_transformers(shared, tmp_path):
 
     base = shared / "models" / "stories260k"
     student = {"model": str(base), "compute_dtype": "float32"}
-    values = {"folder": str(tmp_path), "task": {"name": "svamp", "demonstrations": False}}
+    values = {"folder": str(tmp_path), "task": {"name": "svamp", "demonstrations": ()}}
     values["student"] = student
     config = parse_config(values)
     questions = {

@@ -24,11 +24,12 @@ from distill_jax.report.cases import evenly
 from distill_jax.report.files import read_stage, round_folders
 from distill_jax.report.round_summary import finished_rows
 from distill_jax.run_folder import read_records
-from distill_jax.school import Student, exam_prompt
+from distill_jax.school import Student
 from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.objective import Objective, Readings, read_pairs
 from distill_jax.student.step import bind_states, num_row_shards, put_batch
+from distill_jax.teaching import exam_prompt
 
 Writer = Literal["teacher", "student"]
 MAX_TEXTS = 4  # right ones of a question, and wrong ones
@@ -143,7 +144,7 @@ def score_paths(config: Config, student: Student, params: Params, paths: Paths) 
         paths.wrong,
         paths.questions,
         tokenizer=student.tokenizer,
-        prompt=partial(exam_prompt, config),
+        prompts={config.train.targets[0]: partial(exam_prompt, config)},
         max_length=student.model.max_positions,
         seed=config.seed,
     )
@@ -160,7 +161,7 @@ def score_paths(config: Config, student: Student, params: Params, paths: Paths) 
     if not every:
         raise ValueError(
             f"none of the texts fits the student's {student.model.max_positions} tokens with its "
-            "prompt; task.demonstrations=false makes prompts shorter."
+            "prompt; task.demonstrations=[] makes prompts shorter."
         )
     read = _read(config, student, params, every, rows.shared)
     return _collect(items, read)

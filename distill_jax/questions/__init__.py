@@ -107,11 +107,12 @@ def carve_dev(
 
 def _read(task: TaskConfig, *, seed: int, data_dir: Path) -> list[Question]:
     if task.name == "arithmetic":
+        steps, max_value = task.arithmetic
         return make_questions(
             num_train=task.num_train,
             num_test=task.num_test,
-            steps=task.steps,
-            max_value=task.max_value,
+            steps=steps,
+            max_value=max_value,
             seed=seed,
         )
     if task.name.endswith(".jsonl"):

@@ -7,7 +7,15 @@ from dataclasses import replace
 
 from distill_jax.answers import read_answer, same_answer
 from distill_jax.prompts import clean_rationale
-from distill_jax.records import Completion, Lesson, Question, Rationale, Verdict
+from distill_jax.records import (
+    Attempt,
+    Completion,
+    FinishReason,
+    Lesson,
+    Question,
+    Rationale,
+    Verdict,
+)
 from distill_jax.teacher.account import Ask
 
 Complete = Callable[[Sequence[Ask]], Sequence[Sequence[Completion]]]
@@ -92,6 +100,27 @@ def ask_teacher(
                 question, answers[question.id], mistakes.get(question.id, ""), round_index
             )
     return Lesson(tuple(row for question in questions for row in rows[question.id]))
+
+
+def mark_attempts(
+    questions: Sequence[Question], attempts: Sequence[Attempt], *, round_index: int
+) -> Lesson:
+    """A lesson that the student gives itself: its own attempts, marked like a teacher's answers.
+
+    Args:
+      questions: In the order of the rows to come.
+      attempts: At these questions; first come, first kept.
+      round_index: Copied into every row.
+
+    Source:
+      Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning" (NeurIPS 2022).
+    """
+    each: dict[str, list[Completion]] = {question.id: [] for question in questions}
+    for attempt in attempts:
+        reason: FinishReason = "length" if attempt.cut else "stop"
+        each[attempt.question_id].append(Completion(attempt.text, reason, attempt.num_tokens))
+    rows = [_mark_all(question, each[question.id], "", round_index) for question in questions]
+    return Lesson(tuple(row for marked in rows for row in marked))
 
 
 def _check(questions: Sequence[Question], mistakes: Mapping[str, str]) -> None:

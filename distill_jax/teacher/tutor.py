@@ -24,15 +24,16 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from distill_jax.config import TUTOR, TutorConfig
-from distill_jax.prompts import feedback_prompt, unfenced
+from distill_jax.prompts import JUDGE_IT, feedback_prompt, unfenced
 from distill_jax.records import Question
-from distill_jax.teacher.explanation import NUM_WORDINGS, explain
+from distill_jax.teacher.explanation import NUM_WORDINGS, WRONG_STEP, explain, first_wrong_step
 
 HOST = "127.0.0.1"
 
 _BLOCK = re.compile(r"(?:\A|\n)(?=Question: )")
 _AFTER_QUESTION = re.compile(r"\n(?=(?:Wrong Solution|Hint|(?:Better )?Reasoning|Answer):)")
 _MISTAKE = re.compile(r"\nWrong Solution:(.*)")
+_TIP = re.compile(WRONG_STEP.format(step=".*?"))  # quotes a wrong step
 _WORD = re.compile(r"\S+\s*")
 
 
@@ -83,6 +84,8 @@ class Tutor:
         question = self._questions.get(_head(block))
         if question is None:
             return None
+        if JUDGE_IT in block:
+            return [self._judge(question, block, slot) for slot in range(samples)]
         found = _MISTAKE.search(block)
         mistake = found[1].strip() if found else None
         rate = self._rates.wrong_rates[mistake is not None]
@@ -97,6 +100,15 @@ class Tutor:
             )
             for slot in range(samples)
         ]
+
+    def _judge(self, question: Question, block: str, slot: int) -> str:
+        """Whether no step of a rationale is wrong; in error as often as one shown a mistake."""
+        reasoning = _TIP.sub("", block.partition("\nReasoning:")[2])
+        right = first_wrong_step(reasoning, question.solution) is None
+        identity = f"tutor {self._seed} {block}"
+        if _draw(identity, f"judgement {slot}") < self._rates.wrong_rates[1]:
+            right = not right
+        return "Answer: Yes" if right else "Answer: No"
 
 
 def _ask(question: Question) -> str:
