@@ -6,8 +6,6 @@ Messages go to stderr, results to stdout. Exit codes: 0 done, 1 a bug, 2 wrong u
 
 import errno
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,7 +15,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from distill_jax.analysis_commands import analyse, compare, sweep
 from distill_jax.ledger_commands import ledger
+from distill_jax.machine import keep_compiled
 
 WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -29,6 +29,8 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:  # also a RuntimeError; help has been shown
+            raise
         except KeyboardInterrupt:
             _leave("interrupted; the same command goes on from here.", INTERRUPTED)
         except (ValueError, OSError, RuntimeError) as error:
@@ -48,6 +50,7 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Question sets on this machine.")
 app.add_typer(data, name="data")
 app.add_typer(ledger, name="ledger")
+app.add_typer(analyse, name="analyse")
 
 
 class SplitName(StrEnum):
@@ -98,15 +101,6 @@ def _show(value: dict[str, Any], as_json: bool, show: Callable[[], None] | None 
             print(f"{key.replace('_', ' ')}: {item}")
 
 
-def _set_up() -> None:
-    """Keeps compiled programs between commands; those of other machines may not run here."""
-    home = Path("~/.cache/distill_jax/compiled").expanduser() / platform.node()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    # transformers reads tokenizers here, and need not say that its models want another framework
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="A config, such as configs/quickstart.yaml.")],
@@ -117,7 +111,7 @@ def run(
     from distill_jax.config_file import load_config
 
     settings = load_config(config, overrides or [])
-    _set_up()
+    keep_compiled()
     from distill_jax import rounds
     from distill_jax.report.page import write_page
     from distill_jax.report.summary import status_json, summarise
@@ -157,7 +151,7 @@ def exam(
         chosen = max(chosen, 0)
         model = {"folder": student, "task": {"name": task}, "student": {"model": student}}
         settings = make_config(model, changes)
-    _set_up()
+    keep_compiled()
     from distill_jax.progress import Progress
     from distill_jax.school import examine
 
@@ -261,7 +255,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Check every weight of a published model, and keep it as a student directory."""
-    _set_up()
+    keep_compiled()
     from distill_jax.exchange import import_model
 
     _show(import_model(model, to, pickled=pickled, dtype=dtype.value), as_json)
@@ -279,8 +273,12 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a round's student as a Hugging Face directory, ready for transformers and servers."""
-    _set_up()
+    keep_compiled()
     from distill_jax.exchange import export_round
 
     settings = {"round_index": round_index, "dtype": dtype.value, "adapters": adapters}
     _show(export_round(run, to, **settings), as_json)
+
+
+app.command()(compare)
+app.command()(sweep)

@@ -1,7 +1,6 @@
 """The commands as users type them: quick help, one object with --json, clear sentences."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,18 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from shell import command
 
 from distill_jax.questions import prepare
-
-
-def command(*words: str | Path, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "distill_jax", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=os.environ | variables,
-        timeout=300,
-    )
 
 
 def test_help_imports_nothing_heavy():
@@ -32,8 +22,14 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    for name in ("run", "exam", "status", "report", "tutor", "data", "import", "export"):
+    names = "run exam status report compare sweep analyse tutor data ledger import export"
+    for name in names.split():
         assert f" {name} " in done.stdout
+
+
+def test_help_of_a_group_of_commands_ends_well():
+    done = command("analyse", "--help")
+    assert done.returncode == 0 and " feedback " in done.stdout and not done.stderr
 
 
 @pytest.mark.parametrize(
@@ -44,6 +40,11 @@ def test_help_imports_nothing_heavy():
         (["status", "nowhere"], "nowhere holds no run"),
         (["export", "nowhere", "--to", "out"], "nowhere holds no run"),
         (["data", "prepare", "gsm9k"], "gsm9k"),
+        (["compare", "nowhere"], "nowhere holds no run"),
+        (["compare", "nowhere", "--split", "train"], "--split is test or dev"),
+        (["sweep", "seed=1,2"], "a sweep needs a config"),
+        (["sweep", "{config}", "seeed=1,2"], "did you mean seed?"),
+        (["analyse", "rounds", "nowhere"], "nowhere holds no run"),
         (["exam", "nowhere", "--task", "svamp", "--split", "best"], "'best' is not one of"),
         (["run"], "Missing argument"),
     ],

@@ -28,13 +28,18 @@ teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
 packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
-report.cases report.figures report.headline report.tables report.page
+report.cases report.style report.figures report.headline report.tables report.table_files
+report.published report.page
 teaching syllabus training school plan rounds model_card exchange replay
-ledger_commands cli __main__
+analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
+analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
+analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
+analysis.transfer
+machine ledger_commands analysis_commands cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
-PACKAGES_ONLY = {"student", "teacher", "report", ""}  # their __init__ holds a docstring
+PACKAGES_ONLY = {"student", "teacher", "report", "analysis", ""}  # their __init__ holds a docstring
 
 
 def modules() -> dict[str, Path]:

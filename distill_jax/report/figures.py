@@ -1,52 +1,28 @@
-"""Curves and bars as SVG text, in one style: readable at column width, on paper and on a dark page.
+"""The curves and bars of the report, as SVG text.
 
-The same numbers always give the same text. Runs are named by letters here: what a folder is called
-belongs into the page around the figure.
+Runs are named by letters here: what a folder is called belongs into the page around the figure.
 """
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from distill_jax.report.round_summary import RoundSummary
+from distill_jax.report.style import (
+    COLOURS,
+    INK,
+    MARKERS,
+    colour,
+    marker,
+    new_figure,
+    percent_axis,
+    styled,
+    svg,
+)
 from distill_jax.report.summary import Summary
 
-# Okabe and Ito's colours, which people with any sort of colour blindness can tell apart; yellow and
-# black are left out, since a page may be white or dark.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-INK = "#010203"  # stands for the page's own text colour, which `_svg` puts in
 MAX_POINTS = 200  # of a curve; longer ones are shown as means of equal stretches
-
-_WIDTH = 4.2  # inches: one column of the page, and a phone held upright
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 8,
-    "errorbar.capsize": 2,
-    "font.size": 8,
-    "grid.alpha": 0.2,
-    "grid.color": INK,
-    "grid.linewidth": 0.5,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
 def letter(index: int) -> str:
@@ -55,12 +31,12 @@ def letter(index: int) -> str:
     return chr(ord("A") + index % 26) + (str(turn) if turn else "")
 
 
-@rc_context(_STYLE)
+@styled
 def rounds_figure(summary: Summary, *, run: str) -> str:
     """Accuracy after each round: on dev with its 95% interval, and on the training questions."""
-    figure = Figure(figsize=(_WIDTH, 2.6), layout="constrained")
+    figure = new_figure(2.6)
     axes = figure.subplots()
-    _percent(axes)
+    percent_axis(axes)
     dev = [entry for entry in summary.rounds if entry.dev]
     _plot_dev(axes, [entry.round_index for entry in dev], dev, index=0, label="dev")
     sat = [entry for entry in summary.rounds if entry.exam]
@@ -77,16 +53,16 @@ def rounds_figure(summary: Summary, *, run: str) -> str:
     axes.set_xticks(list(ends), [f"{r}\n{ends[r]:,}" for r in ends])
     axes.set_xlabel("round, and training steps so far")
     axes.legend(loc="best")
-    return _svg(figure, f"{run}-rounds")
+    return svg(figure, f"{run}-rounds")
 
 
-@rc_context(_STYLE)
+@styled
 def compare_figure(summaries: Sequence[Summary]) -> str:
     """Dev accuracy of several runs: by round, and by training steps."""
-    figure = Figure(figsize=(_WIDTH, 5.0), layout="constrained")
+    figure = new_figure(5.0)
     by_round, by_steps = figure.subplots(2, 1)
-    _percent(by_round)
-    _percent(by_steps)
+    percent_axis(by_round)
+    percent_axis(by_steps)
     for index, summary in enumerate(summaries):
         ends = _cumulative_steps(summary.rounds)
         dev = [entry for entry in summary.rounds if entry.dev and entry.round_index in ends]
@@ -97,19 +73,19 @@ def compare_figure(summaries: Sequence[Summary]) -> str:
     by_round.set_xlabel("round")
     by_steps.set_xlabel("training steps so far")
     by_round.legend(loc="best", ncols=2)
-    return _svg(figure, "compare")
+    return svg(figure, "compare")
 
 
-@rc_context(_STYLE)
+@styled
 def funnel_figure(rounds: Sequence[RoundSummary], *, run: str) -> str:
     """From mistakes to kept rationales: one panel of bars per round that has been taught."""
     taught = [entry for entry in rounds if entry.lesson and entry.exam]
-    figure = Figure(figsize=(_WIDTH, 0.2 + 1.1 * len(taught)), layout="constrained")
+    figure = new_figure(0.2 + 1.1 * len(taught))
     panels = figure.subplots(len(taught), 1, squeeze=False, sharex=True)[:, 0]
     for panel, entry in zip(panels, taught, strict=True):
         _plot_funnel(panel, entry)
     panels[0].set_xlim(0, 1.15 * panels[0].get_xlim()[1])  # room for the numbers
-    return _svg(figure, f"{run}-funnel")
+    return svg(figure, f"{run}-funnel")
 
 
 def _plot_funnel(panel: Axes, entry: RoundSummary) -> None:
@@ -133,7 +109,7 @@ def _plot_funnel(panel: Axes, entry: RoundSummary) -> None:
     panel.set_title(f"round {entry.round_index}", loc="left")
 
 
-@rc_context(_STYLE)
+@styled
 def loss_figure(
     rows: Mapping[int, Sequence[Mapping[str, Any]]], names: Mapping[str, str], *, run: str
 ) -> str:
@@ -145,20 +121,20 @@ def loss_figure(
       run: The run's letter; it keeps the ids of several figures on a page apart.
     """
     height = 0.5 + 1.3 * len(names)
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = new_figure(height)
     panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
     for index, (panel, (key, label)) in enumerate(zip(panels, names.items(), strict=True)):
         start = 0
         for steps in rows.values():
             x, y = thin([float(row[key]) for row in steps])
-            panel.plot([start + i for i in x], y, color=COLOURS[index % len(COLOURS)])
+            panel.plot([start + i for i in x], y, color=colour(index))
             if start:
                 panel.axvline(start, color=INK, linewidth=0.6, linestyle=":")
             start += len(steps)
         panel.set_ylim(bottom=0)
         panel.set_ylabel(label)
     panels[-1].set_xlabel("training step; a dotted line: the next round begins")
-    return _svg(figure, "-".join((run, *names)))
+    return svg(figure, "-".join((run, *names)))
 
 
 def thin(values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -185,12 +161,6 @@ def _cumulative_steps(rounds: Sequence[RoundSummary]) -> dict[int, int]:
     return ends
 
 
-def _percent(axes: Axes) -> None:
-    axes.set_ylim(0, 100)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy, %")
-
-
 def _plot_dev(
     axes: Axes, x: Sequence[int], rounds: Sequence[RoundSummary], *, index: int, label: str
 ) -> None:
@@ -203,19 +173,7 @@ def _plot_dev(
             [100 * (m.accuracy - m.interval[0]) for m in marks],
             [100 * (m.interval[1] - m.accuracy) for m in marks],
         ],
-        color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
+        color=colour(index),
+        marker=marker(index),
         label=label,
     )
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an element to put into a page; `name` goes in front of its ids."""
-    out = io.StringIO()
-    with rc_context({"svg.hashsalt": "always the same ids"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    return svg.replace(INK, "currentColor")

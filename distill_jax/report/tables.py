@@ -214,42 +214,44 @@ def run_tables(summary: Summary) -> list[Table]:
 
 def print_status(summary: Summary, console: Console | None = None) -> None:
     """Prints where a run stands: one screen."""
-    console = console or _stdout()
-    _print(console, f"{summary.folder}: {standing(summary)}")
-    _print(console, spending(summary))
+    console = console or stdout()
+    print_line(console, f"{summary.folder}: {standing(summary)}")
+    print_line(console, spending(summary))
     for problem in summary.problems:
-        _print(console, f"Counts that don't add up: {problem}")
+        print_line(console, f"Counts that don't add up: {problem}")
     if summary.rounds:
-        _print_table(console, rounds_table(summary))
+        print_table(console, rounds_table(summary))
 
 
 def print_runs(summaries: Sequence[Summary], console: Console | None = None) -> None:
     """Prints all that is known of one run, or several runs side by side."""
-    console = console or _stdout()
+    console = console or stdout()
     if len(summaries) > 1:
-        _print_table(console, compare_table(summaries))
+        print_table(console, compare_table(summaries))
     for index, summary in enumerate(summaries):
         name = f"{letter(index)}: " if len(summaries) > 1 else ""
-        _print(console, f"{name}{summary.folder}: {standing(summary)}")
-        _print(console, spending(summary))
+        print_line(console, f"{name}{summary.folder}: {standing(summary)}")
+        print_line(console, spending(summary))
         for problem in summary.problems:
-            _print(console, f"Counts that don't add up: {problem}")
+            print_line(console, f"Counts that don't add up: {problem}")
         for table in run_tables(summary):
-            _print_table(console, table)
-        _print(console, headline(summary))
-    _print(console, CAUTION)
+            print_table(console, table)
+        print_line(console, headline(summary))
+    print_line(console, CAUTION)
 
 
-def _stdout() -> Console:
+def stdout() -> Console:
+    """Where results go: a terminal as wide as it is, or lines that don't wrap."""
     console = Console()
     return console if console.is_terminal else Console(width=PLAIN_WIDTH)
 
 
-def _print(console: Console, text: str) -> None:
+def print_line(console: Console, text: str) -> None:
+    """Prints one line of text that says nothing to the terminal."""
     console.print(Text(one_line(text)), soft_wrap=not console.is_terminal)
 
 
-def _print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: Table) -> None:
     """Names to the left, numbers to the right; markup in a cell is only text."""
     grid = rich.table.Table(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
     if table.note:

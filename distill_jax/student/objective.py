@@ -128,6 +128,34 @@ def _compare_likelihoods(
     return Losses(lm, jnp.sum(dpo_costs(*ratios, batch.valid, beta=objective.beta)))
 
 
+class Readings(NamedTuple):
+    """What a student makes of the anchor and of the negative of every row, in this order."""
+
+    likelihoods: Float[Array, "S B 2"]  # `log p` behind the prompt, in nats
+    lengths: Float[Array, "S B 2"]  # tokens
+    states: Float[Array, "S B 2 D"]  # after the final norm, at the last token
+
+
+def read_pairs(config: ModelConfig, params: Params, batch: AnyBatch, *, states: States) -> Readings:
+    """How likely a student finds anchors and negatives, and the states that stand for them.
+
+    Args:
+      config: What the student looks like.
+      params: Its weights.
+      batch: One microbatch, without axis M, packed for an objective of `LIKELIHOODS`.
+      states: Computes the tokens' states.
+    """
+    hidden = states(params, batch)
+    costs = prediction_costs(*_predictions(config, params, batch, hidden))
+    anchor, negative, lengths = _likelihoods(batch, costs)
+    ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends[..., ::2])
+    return Readings(
+        jnp.stack([anchor, negative], axis=-1),
+        jnp.stack(lengths, axis=-1),
+        ends.astype(jnp.float32),
+    )
+
+
 def _predictions(
     config: ModelConfig, params: Params, batch: AnyBatch, hidden: Float[Array, "S T D"]
 ) -> tuple[Array, Array, Params, Callable[..., Array]]:
