@@ -18,15 +18,16 @@ from jax.typing import DTypeLike
 
 from distill_jax.slots import CALL, PAGE, Move, Reading, Sizes
 from distill_jax.student import decode
-from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
+from distill_jax.student.attention import Segment
 from distill_jax.student.decode import Chosen, Context, Pages, Pools, Rows, Stops
 from distill_jax.student.model import (
     Params,
-    Segment,
     abstract_params,
     forward,
     logical_axes,
     logits,
+    with_params,
 )
 from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import AXES, BATCH, EXAM_RULES, shardings
@@ -143,9 +144,33 @@ class Engine:
         return pools._replace(own=own), jax.device_get(chosen)
 
     def _forward(self, weights: Weights) -> decode.Forward:
-        def run(*stretch: Any) -> tuple[jax.Array, Segment]:
-            params = _whole(weights)  # where it is used, as `Context.stack`
-            return forward(self.config, params, *stretch, compute_dtype=self.dtype, unroll=True)
+        """Feeds rows their tokens. An encoder-decoder's look at their prompt and their own."""
+
+        def run(
+            tokens: jax.Array, places: jax.Array, mask: jax.Array, past: Sequence[Segment] = ()
+        ) -> tuple[jax.Array, Segment]:
+            config, options = self.config, {"unroll": True}
+            params = _whole(config, weights)  # where it is used, as `Context.stack`
+            if isinstance(config, EncoderDecoderConfig):
+                model = with_params(config, params)
+                return model.decode(tokens, *past, places, dtype=self.dtype, **options)
+            return forward(
+                config, params, tokens, places, mask, past, compute_dtype=self.dtype, **options
+            )
+
+        return run
+
+    def _read(self, weights: Weights) -> decode.Forward:
+        """Makes of prompts what rows attend to."""
+        if not isinstance(self.config, EncoderDecoderConfig):
+            return self._forward(weights)
+
+        def run(
+            tokens: jax.Array, places: jax.Array, mask: jax.Array, past: Sequence[Segment]
+        ) -> tuple[jax.Array, Segment]:
+            model = with_params(self.config, _whole(self.config, weights))
+            states = model.encode(tokens, mask, dtype=self.dtype)
+            return states, model.remember(states, mask)
 
         return run
 
@@ -173,7 +198,7 @@ class Engine:
         self, weights: Weights, shared: Shared, prompts: Pages, reading: Sequence[jax.Array]
     ) -> Pages:
         return decode.read_prompts(
-            self._forward(weights), shared, prompts, *reading, last_position=self._last_position
+            self._read(weights), shared, prompts, *reading, last_position=self._last_position
         )
 
     def _trace_advance(self, *arrays: Any, share: int) -> tuple[Pages, Chosen]:
@@ -216,7 +241,7 @@ class Engine:
 
 
 def lay_apart(config: ModelConfig, dtype: DTypeLike, params: Params) -> Weights:
-    """Every layer on its own, and the head as a matrix from states to logits.
+    """Every layer that decodes on its own, and the head as a matrix from states to logits.
 
     A layer that lies in a stack is copied out of it for each use; and on CPUs a product with a
     transposed matrix is summed in another order for few rows than for many.
@@ -228,38 +253,40 @@ def lay_apart(config: ModelConfig, dtype: DTypeLike, params: Params) -> Weights:
         params,
         is_leaf=lambda node: isinstance(node, tuple),
     )
-    blocks = [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(config.layers)]
-    return {**params, "blocks": blocks, "unembedding": params[_head_name(config)].T}
+    stack = _stack_name(config)
+    layers = [jax.tree.map(lambda x, i=i: x[i], params[stack]) for i in range(config.layers)]
+    return {**params, stack: layers, "unembedding": params[_head_name(config)].T}
 
 
-def _whole(weights: Weights) -> Params:
+def _whole(config: ModelConfig, weights: Weights) -> Params:
     """The weights as `forward` knows them. The stacks are taken apart again and never made."""
-    blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *weights["blocks"])
+    stack = _stack_name(config)
+    layers = jax.tree.map(lambda *layers: jnp.stack(layers), *weights[stack])
     rest = {name: weight for name, weight in weights.items() if name != "unembedding"}
-    return {**rest, "blocks": blocks}
+    return {**rest, stack: layers}
 
 
 def _layout(config: ModelConfig, mesh: Mesh) -> Any:
     """Shardings of what `lay_apart` gives."""
-    axes = logical_axes(config)
-    block = jax.tree.map(
-        lambda names: names[1:], axes["blocks"], is_leaf=lambda node: isinstance(node, tuple)
+    axes, stack = logical_axes(config), _stack_name(config)
+    layer = jax.tree.map(
+        lambda names: names[1:], axes[stack], is_leaf=lambda node: isinstance(node, tuple)
     )
     apart = {
         **axes,
-        "blocks": [block] * config.layers,
+        stack: [layer] * config.layers,
         "unembedding": axes[_head_name(config)][::-1],
     }
     shapes = jax.eval_shape(partial(lay_apart, config, jnp.float32), abstract_params(config))
     return shardings(mesh, apart, shapes, EXAM_RULES)
 
 
+def _stack_name(config: ModelConfig) -> str:
+    return "decoder" if isinstance(config, EncoderDecoderConfig) else "blocks"
+
+
 def _head_name(config: ModelConfig) -> str:
     return "embedding" if config.tied_head else "head"
-
-
-def _tensor_axis(config: ModelConfig, mesh: Mesh) -> str | None:
-    return "tensor" if config.kv_heads % mesh.shape["tensor"] == 0 else None
 
 
 def exam_mesh(mesh: Mesh, num_bytes: int, memory: int | None) -> Mesh:

@@ -14,7 +14,7 @@ from distill_jax.config import ExamConfig
 from distill_jax.engine import Engine, Weights, exam_mesh
 from distill_jax.records import GREEDY, Completion
 from distill_jax.slots import LEAST, PAGE, Prompt, Row, Seating, Tally
-from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.model import Params, abstract_params
 from distill_jax.student.sampling import Sampling
 from distill_jax.tokenizer import Tokenizer, common_length
@@ -64,8 +64,8 @@ class Generate:
         Yields:
           The index of a prompt, and its completions: the greedy one, then the samples. In no
           particular order, each prompt once. A text ends before its first blank line and before
-          the end token. A prompt that fills the student's context gets empty completions that
-          count as cut.
+          the end token. A prompt that is longer than the student's context gets empty completions
+          that count as cut.
 
         Raises:
           ValueError: there are not as many ids as prompts; raised with the first result.
@@ -89,12 +89,17 @@ class Generate:
         self, prompts: Sequence[str], ids: Sequence[str], samples: int, seeds: tuple[int, int]
     ) -> tuple[list[Prompt], list[int]]:
         """The prompts that leave room for an answer, and the tokens that they all begin with."""
-        encoded = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
-        fit = [i for i, tokens in enumerate(encoded) if len(tokens) < self.config.max_positions]
-        common = common_length([encoded[i] for i in fit])
+        encoded, common = [self.tokenizer.encode_prompt(prompt) for prompt in prompts], 0
+        fit = [i for i, tokens in enumerate(encoded) if len(tokens) <= self.config.max_positions]
+        if isinstance(self.config, EncoderDecoderConfig):
+            # States of the encoder depend on the whole prompt: nothing of it is common.
+            encoded = [[*tokens, self.config.start_id] for tokens in encoded]
+        else:
+            common = common_length([encoded[i] for i in fit])
         asked = [Prompt(i, encoded[i][common:]) for i in fit]
         for prompt in asked:
-            room = self.config.max_positions - len(encoded[prompt.index])
+            # The last token that is chosen is never read, and needs no position.
+            room = self.config.max_positions + 1 - len(encoded[prompt.index])
             keys = row_keys(*seeds, ids[prompt.index], 1 + samples)
             for place, key in enumerate(keys):
                 greedy = place == GREEDY

@@ -27,7 +27,6 @@ from distill_jax.student.model import ModelConfig, Params, abstract_params, logi
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
 from distill_jax.teaching import exam_prompt, sit_exam
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
-from distill_jax.writer import Writer, make_writer
 
 
 class Weights:
@@ -133,7 +132,7 @@ class Student:
     tokenizer: Tokenizer
     mesh: Mesh
     weights: Weights
-    generate: Generate | Writer
+    generate: Generate
 
 
 def open_student(config: Config, base: Path, folder: Path) -> Student:
@@ -141,18 +140,16 @@ def open_student(config: Config, base: Path, folder: Path) -> Student:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = weights.read_model_config(base)
     tokenizer = load_tokenizer(str(base), ends_prompts=isinstance(model, EncoderDecoderConfig))
-    answers = {"exam": config.exam, "compute_dtype": jnp.dtype(config.student.compute_dtype)}
-    if isinstance(model, EncoderDecoderConfig):
-        generate = make_writer(model, tokenizer, mesh, **answers)
-    else:
-        generate = make_generate(model, tokenizer, mesh, **answers)
+    compute_dtype = jnp.dtype(config.student.compute_dtype)
     return Student(
         base=base,
         model=model,
         tokenizer=tokenizer,
         mesh=mesh,
         weights=open_weights(config, folder, base, mesh),
-        generate=generate,
+        generate=make_generate(
+            model, tokenizer, mesh, exam=config.exam, compute_dtype=compute_dtype
+        ),
     )
 
 

@@ -21,14 +21,20 @@ from test_rounds import Runs, num_answers, records, stage
 from distill_jax import plain_packing
 from distill_jax.checkpoint import load_params as load_checkpoint
 from distill_jax.config import ExamConfig
+from distill_jax.engine import Engine
 from distill_jax.families.config_json import find_family, find_family_for, read_config
+from distill_jax.generate import make_generate, sit
 from distill_jax.packing import Grid
 from distill_jax.scratch import make_tokenizer
+from distill_jax.slots import Prompt, Row
+from distill_jax.student import decode
 from distill_jax.student.architecture import EncoderDecoderConfig
+from distill_jax.student.attention import Segment
 from distill_jax.student.encoder_decoder import make_buckets
 from distill_jax.student.flops import step_flops
 from distill_jax.student.model import logits, with_params
 from distill_jax.student.objective import Objective
+from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh
 from distill_jax.student.step import (
     bind_states,
@@ -41,7 +47,6 @@ from distill_jax.student.step import (
 )
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.weights import load_params, read_model_config, save_model
-from distill_jax.writer import make_writer
 
 TOLERANCE = 1e-4
 T5 = {
@@ -158,20 +163,20 @@ def test_token_by_token_equals_the_whole(name):
         config, params, np.repeat(tokens, 2, axis=0), np.repeat(mask, 2, axis=0), texts
     )
 
-    @jax.jit
-    def begin(params):
-        model = with_params(config, params)
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def go_on(params, before, start, stop):
+        model, rows = with_params(config, params), jnp.asarray(texts[:, start:stop])
         memory = model.remember(model.encode(tokens, mask, dtype=jnp.float32), mask)
-        return memory, model.make_cache(6, 12, dtype=jnp.float32)
+        places = jnp.broadcast_to(jnp.arange(start, stop)[None], rows.shape)
+        return model.decode(rows, memory, before, places, dtype=jnp.float32)
 
-    @jax.jit
-    def go_on(params, token, memory, cache, start):
-        return with_params(config, params).decode(token, memory, cache, start, dtype=jnp.float32)
-
-    memory, cache = begin(params)
-    for t in range(9):
-        hidden, cache = go_on(params, texts[:, t : t + 1], memory, cache, t)
+    hidden, before = go_on(params, None, 0, 3)
+    np.testing.assert_allclose(hidden, expected[:, :3], atol=TOLERANCE)
+    for t in range(3, 7):
+        hidden, new = go_on(params, before, t, t + 1)
         np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=TOLERANCE)
+        parts = zip(before[:4], new[:4], (3, 3, 1, 1), strict=True)  # axes of tokens
+        before = Segment(*(jnp.concatenate((x, y), axis) for x, y, axis in parts))
 
 
 @pytest.mark.parametrize(("count", "far"), [(32, 128), (8, 20), (32, 20), (12, 500)])
@@ -297,6 +302,66 @@ def test_four_devices_take_the_steps_of_one():
     assert_same_training(one, many, means)
 
 
+def make_engine(config, newlines, *sizes: int) -> Engine:
+    return Engine(
+        config,
+        make_mesh(*(sizes or (1, 1, 1))),
+        end_id=-1,
+        newlines=newlines,
+        sampling=Sampling(),
+        compute_dtype=jnp.float32,
+    )
+
+
+def make_prompts(config) -> list[Prompt]:
+    """Texts of the encoder on one to three pages, with one greedy row each."""
+    rng = np.random.default_rng(0)
+    lengths, limits = rng.integers(1, 80, 12), rng.integers(3, 40, 12)
+    prompts = []
+    for index, (length, limit) in enumerate(zip(lengths, limits, strict=True)):
+        prompt = Prompt(index, [*rng.integers(1, 131, length).tolist(), config.start_id])
+        prompt.rows = [Row(prompt, 0, int(limit), np.zeros(2, np.uint32))]
+        prompts.append(prompt)
+    return prompts
+
+
+@pytest.mark.parametrize("name", ["t5", "flan-t5"])
+def test_greedy_equals_transformers_in_refilled_slots_and_stops_at_a_blank_line(name, tmp_path):
+    torch = pytest.importorskip("torch", reason="the reference")
+    published = make_published(tmp_path, name)
+    published.generation_config.eos_token_id = None
+    config = read_model_config(tmp_path)
+    params, nothing = load_params(tmp_path, config, whole(config)), np.zeros(131, np.uint8)
+
+    def answer(newlines: np.ndarray) -> dict[int, Row]:
+        engine = make_engine(config, newlines)
+        prompts = make_prompts(config)
+        found = sit(engine, engine.lay_out(params), [], prompts, owed=range(12), slots=8)
+        return {prompt.index: prompt.rows[0] for prompt in found}
+
+    rows = answer(nothing)
+    for prompt in make_prompts(config):
+        limit = prompt.rows[0].limit
+        with torch.no_grad():
+            ids = torch.tensor([prompt.tokens[:-1]])
+            text = published.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False
+            )
+        assert rows[prompt.index].chosen == text[0, 1:].tolist()
+        assert not rows[prompt.index].stopped
+
+    said = [token for row in rows.values() for token in row.chosen]
+    blank = int(np.argmax(np.bincount(said)))
+    nothing[blank] = decode.BLANK
+    stopped = answer(nothing)
+    for index, row in stopped.items():
+        free = rows[index].chosen
+        end = free.index(blank) + 1 if blank in free else len(free)
+        assert (row.chosen, row.stopped) == (free[:end], blank in free)
+    assert len({len(row.chosen) for row in stopped.values()}) > 3
+    assert {row.stopped for row in stopped.values()} == {True, False}
+
+
 def test_answers_are_those_of_transformers_wherever_they_are_computed(tmp_path, shared):
     torch = pytest.importorskip("torch", reason="the reference")
     name = str(shared / "models" / "tokenizers" / "flan-t5")
@@ -306,22 +371,25 @@ def test_answers_are_those_of_transformers_wherever_they_are_computed(tmp_path, 
     finally:
         del PUBLISHED["answers"]
     config = read_model_config(tmp_path / "source")
-    assert isinstance(config, EncoderDecoderConfig)
     tokenizer = load_tokenizer(name, ends_prompts=True)
-    exam = ExamConfig(top_k=0, max_new_tokens=(9, 6), slots=6)
     prompts = [f"Question: {'a lot of ' * i}{i} apples?\nReasoning:" for i in range(1, 6)]
     ids = [f"q/{i}" for i in range(5)]
 
-    def answer(*sizes, done=()):
+    def answer(*sizes: int, slots: int = 8, done=()):
         mesh = make_mesh(*sizes)
         params = load_params(tmp_path / "source", config, whole(config, mesh, TRAIN_RULES))
-        writer = make_writer(config, tokenizer, mesh, exam=exam, compute_dtype="float32")
+        exam = ExamConfig(top_k=0, max_new_tokens=(9, 6), slots=slots)
+        generate = make_generate(config, tokenizer, mesh, exam=exam, compute_dtype=jnp.float32)
+        if sizes[2] > 1:  # as it were if the weights did not fit one device
+            engine = make_engine(config, tokenizer.newlines, *sizes)
+            generate = dataclasses.replace(generate, engine=engine)
         settings = {"samples": 2, "seed": 1, "round_index": 1}
-        return dict(writer(params, prompts, ids, **settings, done=done))
+        return dict(generate(params, prompts, ids, **settings, done=done))
 
-    one, many = answer(1, 1, 1), answer(1, 2, 2)
-    assert one == many and sorted(one) == [0, 1, 2, 3, 4]
-    assert answer(1, 1, 1, done={0, 3}) == {i: one[i] for i in (1, 2, 4)}
+    one = answer(1, 1, 1)
+    assert sorted(one) == [0, 1, 2, 3, 4]
+    assert answer(1, 1, 1, slots=16, done={0, 3}) == {i: one[i] for i in (1, 2, 4)}
+    assert answer(1, 2, 1) == answer(1, 1, 2) == one
     assert len({completion.text for row in one.values() for completion in row[1:]}) > 5
     official = transformers.AutoTokenizer.from_pretrained(name)
     for index, prompt in enumerate(prompts):

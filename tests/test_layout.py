@@ -15,13 +15,13 @@ prompts tokenizer
 student.sharding student.architecture student.attention student.blocks student.encoder_decoder
 student.model student.lora
 student.losses student.tree student.plain student.objective student.flops student.step
-student.sampling student.decode student.writing
+student.sampling student.decode
 families.table families.fields families.llama families.mistral families.qwen2 families.qwen3
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families.t5 families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
 weights adapters
-run_folder progress checkpoint slots engine generate writer exam
+run_folder progress checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client

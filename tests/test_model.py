@@ -20,9 +20,9 @@ from random_models import (
     whole,
 )
 
+from distill_jax.student.attention import Segment
 from distill_jax.student.model import (
     ModelConfig,
-    Segment,
     abstract_params,
     forward,
     head,

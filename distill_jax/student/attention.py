@@ -1,7 +1,7 @@
 """Attention as arrays: rotary turns, and one softmax over stretches that are kept apart.
 
-Letters: B rows, L tokens of a row, G groups of a stretch, S rows of a group, T tokens of a stretch,
-K key and value heads, R query heads per key head, H head dim, M groups that a row asks.
+Letters: N layers, B rows, L tokens of a row, G groups of a stretch, S rows of a group, T tokens of
+a stretch, K key and value heads, R query heads per key head, H head dim, M groups that a row asks.
 """
 
 import functools
@@ -33,6 +33,24 @@ class Turned(NamedTuple):
     keys: Float[Array, "*stack H T"]
 
 
+class Segment(NamedTuple):
+    """Context that later tokens attend to: one stretch of tokens of every group.
+
+    Attributes:
+      keys: With their positions applied.
+      values: As projected.
+      positions: Of the tokens in their texts.
+      mask: True where a real token stands.
+      route: Which rows attend to which groups, where their order does not tell.
+    """
+
+    keys: Float[Array, "N G K T H"] | Turned
+    values: Float[Array, "N G K T H"]
+    positions: Int[Array, "G T"]
+    mask: Bool[Array, "G T"]
+    route: Route | None = None
+
+
 class Stretch(NamedTuple):
     """What one layer sees of a segment, or of the rows' own tokens.
 
@@ -43,12 +61,14 @@ class Stretch(NamedTuple):
         has G rows, and where all tokens of a row do, L is 1.
       route: Which rows ask which groups; if None, row b asks group b // (B // G). With a route, the
         rows of `visible` are G groups or their G S places.
+      bias: Added to the scores of all rows of a group; g is G, or 1 where groups don't differ.
     """
 
     keys: Float[Array, "G K T H"] | Turned
     values: Float[Array, "G K T H"]
     visible: Bool[Array, "rows L T"]
     route: Route | None = None
+    bias: Float32[Array, "g heads L T"] | None = None
 
 
 Turns = tuple[Float32[Array, "B L half"], Float32[Array, "B L half"]]
@@ -211,6 +231,9 @@ def _score(
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     apart = scores.reshape(groups, kv_heads, rows // groups, length, repeats, scores.shape[-1])
+    if stretch.bias is not None:
+        bias = stretch.bias.reshape(-1, kv_heads, repeats, length, scores.shape[-1])
+        apart += jnp.moveaxis(bias, 2, 3)[:, :, None]
     visible = stretch.visible.reshape(groups, -1, *stretch.visible.shape[1:])
     return jnp.where(visible[:, None, :, :, None], apart, -jnp.inf).reshape(scores.shape)
 

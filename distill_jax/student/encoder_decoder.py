@@ -1,37 +1,24 @@
 """The encoder-decoder: an encoder that sees all of a text, and a decoder that attends to it.
 
-Letters: N layers of the decoder, Q texts of the encoder, L their tokens, B texts of the decoder, T
-their tokens, C places for keys, n heads, H head dim, D width.
+Letters: Q texts of the encoder, L their tokens, B texts of the decoder, T their tokens, C tokens
+that are known, n heads, D width; g texts, or 1 where they do not differ.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from distill_jax.student.architecture import EncoderDecoderConfig
+from distill_jax.student.attention import Segment, Stretch, attend
 from distill_jax.student.blocks import Attention, Mlp, Norm, Remat, matrix, recompute
-
-
-class Memory(NamedTuple):
-    """What the decoder attends to of the encoder's texts, in every layer."""
-
-    keys: Float[Array, "N Q L n H"]
-    values: Float[Array, "N Q L n H"]
-    mask: Bool[Array, "Q L"]
-
-
-class Cache(NamedTuple):
-    """What the decoder has computed of its own texts, with room for more."""
-
-    keys: Float[Array, "N B C n H"]
-    values: Float[Array, "N B C n H"]
 
 
 class Layer(nnx.Module):
@@ -83,11 +70,12 @@ class EncoderDecoder(nnx.Module):
           remat: What the backward pass recomputes.
           constrain: Applied to the states between layers, to keep them laid out on a mesh.
         """
-        places = jnp.arange(tokens.shape[1])
+        places = jnp.arange(tokens.shape[1])[None]
         bias = self._weigh_distances(self.encoder_distances, places, places, both_ways=True)
 
         def look(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-            return attend(query, key, value, mask[:, None], bias), None
+            key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+            return _attend(query, Stretch(key, value, mask[:, None], bias=bias)), None
 
         def step(x: Array, layer: Layer) -> tuple[Array, None]:
             change, _ = layer.attention(layer.attention_norm(x), None, look)
@@ -98,88 +86,92 @@ class EncoderDecoder(nnx.Module):
         x, _ = jax.lax.scan(recompute(step, remat), x, self.encoder)
         return self.encoder_norm(x)
 
-    def remember(self, states: Float[Array, "Q L D"], mask: Bool[Array, "Q L"]) -> Memory:
-        """What the decoder attends to of encoded texts."""
+    def remember(self, states: Float[Array, "Q L D"], mask: Bool[Array, "Q L"]) -> Segment:
+        """What the decoder attends to of encoded texts, in every layer."""
         keys, values = jax.lax.map(lambda layer: layer.cross.offer(states, None), self.decoder)
-        return Memory(keys, values, mask)
+        places = jnp.broadcast_to(jnp.arange(mask.shape[1])[None], mask.shape)
+        return Segment(keys.swapaxes(2, 3), values.swapaxes(2, 3), places, mask)
 
     def decode(
         self,
         tokens: Int[Array, "B T"],
-        memory: Memory,
-        cache: Cache | None = None,
-        start: Int[Array, ""] | int = 0,
+        memory: Segment,
+        before: Segment | None = None,
+        places: Int[Array, "g T"] | None = None,
         *,
         dtype: DTypeLike,
         remat: Remat = "none",
+        unroll: bool = False,
         constrain: Callable[[Array], Array] = lambda x: x,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], Segment]:
         """The states of texts that each attend to one of the encoder's.
 
-        Text b attends to the encoder's text b // (B // Q), which is not copied for it. No mask is
-        needed: padding stands behind the text, where no token of it looks.
+        Without a route, text b attends to the encoder's text b // (B // Q), which is not copied for
+        it. No mask is needed: padding stands behind the text, where no token of it looks.
 
         Args:
           tokens: What the texts go on with: `start_id`, then ids.
           memory: From `remember`; Q divides B.
-          cache: What stands before `tokens`, as an earlier call returned it, or empty and large
-            enough for all that is to come; None where nothing stands there and nothing will come.
-          start: How many tokens stand before.
+          before: What earlier calls returned of the same texts, in groups that one text each asks;
+            None where nothing stands before `tokens`.
+          places: Of the tokens, counted as those in `before` are; None counts from 0.
           dtype, remat, constrain: As in `encode`.
+          unroll: As in `model.forward`.
 
         Returns:
-          The states that the output projection reads, and the cache with these tokens.
+          The states that the output projection reads, and these tokens as a segment.
         """
-        room = tokens.shape[1] if cache is None else cache.keys.shape[2]
-        places, known = start + jnp.arange(tokens.shape[1]), jnp.arange(room)
-        bias = self._weigh_distances(self.decoder_distances, places, known, both_ways=False)
-        before = (known[None] <= places[:, None])[None]
+        rows, length = tokens.shape
+        places = jnp.arange(length)[None] if places is None else places
+        weigh = partial(self._weigh_distances, self.decoder_distances, both_ways=False)
+        near, far = weigh(places, places), None
+        if before is not None:
+            asking = places if before.route is None else places[before.route.rows[:, 0]]
+            far = weigh(asking, before.positions)
+        seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
 
         def step(x: Array, parts: tuple[Layer, Any, Any]) -> tuple[Array, Any]:
-            layer, (seen_keys, seen_values), own = parts
+            layer, of_memory, of_before = parts
             assert layer.cross is not None and layer.cross_norm is not None
 
             def look(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
-                if own is not None:
-                    key, value = (
-                        jax.lax.dynamic_update_slice(x, y, (0, start, 0, 0))
-                        for x, y in zip(own, (key, value), strict=True)
-                    )
-                return attend(query, key, value, before, bias), (key, value)
+                key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+                stretches = [Stretch(key, value, seen, bias=near)]
+                if before is not None:
+                    own = Stretch(*of_before, before.mask[:, None], before.route, far)
+                    stretches.insert(0, own)
+                return _attend(query, *stretches), (key, value)
 
             change, kept = layer.attention(layer.attention_norm(x), None, look)
             x = x + change
             query = layer.cross.ask(layer.cross_norm(x), None)
-            x = x + layer.cross.finish(attend(query, seen_keys, seen_values, memory.mask[:, None]))
+            text = Stretch(*of_memory, memory.mask[:, None], memory.route)
+            x = x + layer.cross.finish(_attend(query, text))
             return constrain(x + layer.mlp(layer.mlp_norm(x))), kept
 
         x = constrain(self.embedding[...][tokens].astype(dtype))
-        parts = (self.decoder, (memory.keys, memory.values), cache)
-        x, kept = jax.lax.scan(recompute(step, remat), x, parts)
-        return self.norm(x), Cache(*kept)
-
-    def make_cache(self, rows: int, room: int, *, dtype: DTypeLike) -> Cache:
-        """An empty cache for `rows` texts of at most `room` tokens."""
-        config = self.config
-        shape = (config.layers, rows, room, config.heads, config.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        own = None if before is None else (before.keys, before.values)
+        parts = (self.decoder, (memory.keys, memory.values), own)
+        x, (keys, values) = jax.lax.scan(recompute(step, remat), x, parts, unroll=unroll)
+        positions = jnp.broadcast_to(places, tokens.shape)
+        return self.norm(x), Segment(keys, values, positions, jnp.ones(tokens.shape, bool))
 
     def _weigh_distances(
         self,
         table: nnx.Param,
-        places: Int[Array, " T"],
-        known: Int[Array, " C"],
+        places: Int[Array, "g T"],
+        known: Int[Array, "g C"],
         *,
         both_ways: bool,
-    ) -> Float[Array, "n T C"]:
+    ) -> Float32[Array, "g n T C"]:
         """What the distance from each token to each other adds to their score."""
         config = self.config
         buckets = jnp.asarray(
             make_buckets(config.buckets, config.max_distance, both_ways=both_ways)
         )
         far = config.max_distance
-        index = jnp.clip(known[None] - places[:, None], -far, far) + far
-        return jnp.moveaxis(table[...].astype(jnp.float32)[buckets[index]], -1, 0)
+        index = jnp.clip(known[:, None] - places[:, :, None], -far, far) + far
+        return jnp.moveaxis(table[...].astype(jnp.float32)[buckets[index]], -1, 1)
 
 
 def _stack(config: EncoderDecoderConfig, rngs: nnx.Rngs, layers: int, *, decodes: bool) -> Layer:
@@ -222,29 +214,5 @@ def make_buckets(count: int, max_distance: int, *, both_ways: bool) -> np.ndarra
     return first + np.where(distance < near, distance, far)
 
 
-def attend(
-    query: Float[Array, "B T n H"],
-    keys: Float[Array, "G C n H"],
-    values: Float[Array, "G C n H"],
-    visible: Bool[Array, "g t C"],
-    bias: Float[Array, "n T C"] | None = None,
-) -> Float[Array, "B T n H"]:
-    """One softmax over all keys of a group, in float32.
-
-    Args:
-      query: Of B texts, so many to a group; scores are not scaled.
-      keys: Of a group.
-      values: The same.
-      visible: For each group, or for all where g is 1, which keys each token sees; for all tokens
-        where t is 1.
-      bias: Added to the scores.
-    """
-    rows = (keys.shape[0], -1, *query.shape[1:])
-    scores = jnp.einsum(
-        "gbtnh,gcnh->gbntc", query.reshape(rows), keys, preferred_element_type=jnp.float32
-    )
-    if bias is not None:
-        scores += bias[None, None]
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("gbntc,gcnh->gbtnh", weights, values).reshape(query.shape)
+def _attend(query: Float[Array, "B T n H"], *stretches: Stretch) -> Float[Array, "B T n H"]:
+    return attend(query, stretches, scale=1.0, cap=None)

@@ -8,7 +8,7 @@ and value heads, H head dim, D width, E length of an embedding, V padded vocabul
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +17,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
-from distill_jax.student.attention import Route, Stretch, Turned, Turns, attend, make_turns
+from distill_jax.student.attention import Segment, Stretch, Turns, attend, make_turns
 from distill_jax.student.blocks import Block, Norm, Remat, constant, matrix, multiply, recompute
 from distill_jax.student.encoder_decoder import EncoderDecoder
 
 Params = dict[str, Any]
 """Weights as nested dicts of arrays, those of all layers stacked on axis 0."""
-
-
-class Segment(NamedTuple):
-    """Context that later tokens attend to: one stretch of tokens of every group.
-
-    Attributes:
-      keys: With their positions applied.
-      values: As projected.
-      positions: Of the tokens in their texts.
-      mask: True where a real token stands.
-      route: Which rows attend to which groups, where their order does not tell.
-    """
-
-    keys: Float[Array, "N G K T H"] | Turned
-    values: Float[Array, "N G K T H"]
-    positions: Int[Array, "G T"]
-    mask: Bool[Array, "G T"]
-    route: Route | None = None
 
 
 class Decoder(nnx.Module):

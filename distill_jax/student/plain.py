@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from distill_jax.student.architecture import EncoderDecoderConfig
+from distill_jax.student.attention import Segment
 from distill_jax.student.blocks import Remat
-from distill_jax.student.encoder_decoder import Memory
 from distill_jax.student.model import Params, with_params
 from distill_jax.student.tree import Batch, Counts
 
@@ -82,7 +82,7 @@ def _read(
     model: Any,
     options: dict[str, Any],
     texts: Int[Array, "S J B R"],
-    memory: Memory,
+    memory: Segment,
 ) -> Float[Array, "S T D"]:
     """The states of `start_id` and the tokens of every answer, in line."""
     shards, answers, rows, length = texts.shape
