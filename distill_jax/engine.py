@@ -74,8 +74,10 @@ class Engine:
         self.desks = math.prod(mesh.shape[axis] for axis in REPLICAS)
         self._sampling, self._last_position = sampling, config.max_positions - 1
         self._stops = Stops(*_put(mesh, P(), (np.array(end_id, np.int32), newlines)))
-        whole_heads = config.kv_heads % mesh.shape["tensor"] == 0
-        pages = NamedSharding(mesh, P(REPLICAS, "tensor" if whole_heads else None))
+        tensor = mesh.shape["tensor"]
+        self.page_shards = tensor if config.kv_heads % tensor == 0 else 1
+        heads = "tensor" if self.page_shards > 1 else None
+        pages = NamedSharding(mesh, P(REPLICAS, heads))
         everywhere = NamedSharding(mesh, P())
         apart = partial(lay_apart, config, self.dtype)
         self.lay_out: Callable[[Params], Weights] = jax.jit(
@@ -103,10 +105,25 @@ class Engine:
         return Pools(self._make(sizes.prompt_pages), self._make(sizes.own_pages))
 
     def move(self, pools: Pools, move: Move | None) -> Pools:
-        """Pools of another size with the pages that are in use."""
+        """Pools of another size with the pages that are in use; the old ones are gone.
+
+        One array after the other, so that memory need not hold both pools.
+        """
         if move is None:
             return pools
-        return Pools(*map(self._move, pools, _put(self.mesh, BATCH, move)))
+
+        def one(array: jax.Array, old: jax.Array) -> jax.Array:
+            moved = self._move(array, old)
+            array.delete()
+            return moved
+
+        numbers = _put(self.mesh, BATCH, move)
+        return Pools(
+            *(
+                jax.tree.map(partial(one, old=old), pages)
+                for pages, old in zip(pools, numbers, strict=True)
+            )
+        )
 
     def read_shared(self, weights: Weights, tokens: Sequence[int]) -> Shared:
         """Reads what all prompts begin with; nothing if that is nothing."""

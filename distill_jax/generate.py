@@ -17,7 +17,7 @@ from distill_jax.slots import LEAST, PAGE, Prompt, Row, Seating, Tally
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.model import Params, abstract_params
 from distill_jax.student.sampling import Sampling
-from distill_jax.tokenizer import Tokenizer, common_length
+from distill_jax.tokenizer import Tokenizer, common_length, padded_length
 
 BLANK_LINE = "\n\n"
 
@@ -80,7 +80,11 @@ class Generate:
             return
         weights = self.engine.lay_out(params)
         slots = plan_slots(
-            self.engine, asked, asked=self.exam.slots, num_owed=len(owed) * (1 + samples)
+            self.engine,
+            asked,
+            asked=self.exam.slots,
+            num_owed=len(owed) * (1 + samples),
+            free=free_memory(self.engine.mesh),
         )
         for prompt in sit(self.engine, weights, common, asked, owed=owed, slots=slots):
             yield prompt.index, tuple(map(self._completion, prompt.rows))
@@ -193,37 +197,41 @@ def sit(
     return seating.tally
 
 
-def plan_slots(engine: Engine, prompts: Sequence[Prompt], *, asked: int, num_owed: int) -> int:
+def plan_slots(
+    engine: Engine, prompts: Sequence[Prompt], *, asked: int, num_owed: int, free: int | None
+) -> int:
     """How many slots each replica gets.
 
     Args:
-      engine: Whose weights are laid out already, so that memory in use counts them.
+      engine: The device programs.
       prompts: All prompts of the exam.
       asked: Slots over all replicas, or 0 for as many as are worth while and fit.
       num_owed: Rows to be answered.
+      free: From `free_memory`, once the weights are laid out.
     """
-    free = _free_memory(engine.mesh)
     if asked:
         slots = -(-asked // engine.desks)
     elif free is None:
         slots = CPU_SLOTS // engine.desks
     else:
-        slots = min(MOST_SLOTS, free // _slot_bytes(engine, prompts))
+        # What is free varies a little from exam to exam, and programs must not.
+        fit = min(MOST_SLOTS, free // slot_bytes(engine, prompts))
+        slots = next((size for size in range(fit, 0, -1) if padded_length(size) == size), 1)
     slots = min(slots, -(-num_owed // engine.desks))
     return max(1, -(-slots // LEAST)) * LEAST
 
 
-def _slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
-    """What a slot needs at most: pages, twice because they move, and logits."""
+def slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """What a slot needs on each device at most: pages of its row, its part of prompts, logits."""
     config = engine.config
-    own = max(row.limit for prompt in prompts for row in prompt.rows)
-    prompt = max(len(prompt.tokens) for prompt in prompts) * 3 // len(prompts[0].rows)
+    own = max(row.limit for prompt in prompts for row in prompt.rows) + 2 * PAGE
+    prompt = (max(len(prompt.tokens) for prompt in prompts) + PAGE) * 3 // len(prompts[0].rows)
     token = 2 * config.layers * config.kv_heads * config.head_dim * engine.dtype.itemsize
-    token = -(-token // engine.mesh.shape["tensor"])
-    return 2 * (own + prompt + 2 * PAGE) * token + 4 * 4 * config.padded_vocab
+    token = -(-token // engine.page_shards)
+    return (own + prompt) * token + 4 * 4 * config.padded_vocab
 
 
-def _free_memory(mesh: Mesh) -> int | None:
+def free_memory(mesh: Mesh) -> int | None:
     """Bytes that every device has left, with some to spare; None where nobody knows."""
     free = [total - used for total, used in _memory(mesh)]
     if not free:

@@ -2,8 +2,9 @@
 
 Plain bookkeeping on the host. Every replica of the weights has a desk with as many slots as the
 others. Prompts wait in one queue, in order of length, so that those read together need little
-padding. A row that has ended leaves its slot to the next one; once nobody waits, slots are halved
-whenever the rows left fit in half of them.
+padding. A row that has ended leaves its slot to the next one; once nobody waits, slots become fewer
+as soon as the rows left fit. Numbers of slots and sizes of pools are few, as each is a program to
+compile.
 
 Letters: D desks, B slots of all desks, A prompts that a desk reads together, L prompt tokens, W
 pages of a row.
@@ -27,6 +28,9 @@ CALL = 16
 
 LEAST = 8
 """Slots of a desk come in multiples of this."""
+
+FEWER = (2, 4, 16)
+"""Once nobody waits, the slots of a desk are divided by these, one after the other."""
 
 
 @dataclass(eq=False)
@@ -184,11 +188,12 @@ class Seating:
         self._queue, self._share = deque(queue), len(queue[0].rows)
         self._together = max(1, slots // (4 * self._share))
         # A prompt is held from before its rows sit down until the last of them has ended.
-        held = queue[: 3 * slots // (2 * self._share) + self._together]
-        num_pages = sum(prompt.num_pages for prompt in held)
+        longest = ordered[-(3 * slots // (2 * self._share) + self._together) :]
+        num_pages = sum(prompt.num_pages for prompt in longest)
         self.sizes = Sizes(slots, padded_length(num_pages), _usual_pages(slots))
+        self._fewer = [-(-slots // (parts * LEAST)) * LEAST for parts in FEWER]
         self._desks = [_Desk(self.sizes) for _ in range(desks)]
-        self._prompt_width = _padded_pages(ordered[-1].num_pages)
+        self._most_pages = ordered[-1].num_pages
         self._own_width = -(-max(row.limit for p in prompts for row in p.rows) // PAGE)
         self.tally = Tally()
 
@@ -205,11 +210,11 @@ class Seating:
         """
         if not self._queue or all(desk.ahead >= 0 for desk in self._desks):
             return None
-        width = _padded_pages(self._queue[0].num_pages)
+        width = _doubled(self._queue[0].num_pages)
         taken: list[list[Prompt]] = [[] for _ in self._desks]
         open_ = [d.ahead < self._together * self._share for d in self._desks]
         for place in np.tile(np.flatnonzero(open_), self._together):
-            if self._queue and _padded_pages(self._queue[0].num_pages) == width:
+            if self._queue and _doubled(self._queue[0].num_pages) == width:
                 taken[place].append(self._queue.popleft())
         for desk, prompts in zip(self._desks, taken, strict=True):
             desk.prompts += prompts
@@ -227,8 +232,8 @@ class Seating:
         for desk in self._desks:
             desk.seat()
         slots = self.sizes.slots
-        while not self._waits and self._most_live <= _half(slots) < slots:
-            slots = _half(slots)
+        if not self._waits:
+            slots = min([size for size in self._fewer if self._most_live <= size] + [slots])
         move = self._fit(slots)
         for desk in self._desks:
             desk.hand_out()
@@ -263,7 +268,7 @@ class Seating:
         slots = self.sizes.slots
         if self._queue or desk.waiting:
             return max(1, slots // 16)
-        spare = len(desk.live) - _half(slots)
+        spare = len(desk.live) - max([size for size in self._fewer if size < slots], default=0)
         return spare if spare > 0 else CALL * slots
 
     def _fit(self, slots: int) -> Move | None:
@@ -271,8 +276,9 @@ class Seating:
         prompts = max(sum(p.num_pages for p in desk.prompts) for desk in self._desks)
         own = max(sum(row.num_pages for row in desk.live) for desk in self._desks)
         _, had_prompts, had_own = self.sizes
-        if slots < self.sizes.slots:
-            had_prompts, had_own = padded_length(prompts), _usual_pages(slots)
+        if slots < self.sizes.slots:  # no more prompts than rows are left, and they are the longest
+            had_prompts = min(had_prompts, padded_length(slots * self._most_pages))
+            had_own = _usual_pages(slots)
         sizes = Sizes(
             slots,
             had_prompts if prompts <= had_prompts else padded_length(prompts),
@@ -301,7 +307,7 @@ class Seating:
         slots = [row for desk in self._desks for row in desk.slots]
         token, fed, limit, place, prompt = np.zeros((5, len(slots)), np.int32)
         keys = np.zeros((len(slots), 2), np.uint32)
-        prompt_pages = np.full((len(slots), self._prompt_width), NOWHERE, np.int32)
+        prompt_pages = np.full((len(slots), _doubled(self._most_pages)), NOWHERE, np.int32)
         own_pages = np.full((len(slots), self._own_width), NOWHERE, np.int32)
         for slot, row in enumerate(slots):
             if row is not None:
@@ -314,19 +320,11 @@ class Seating:
         return [token, fed, limit, keys, place, prompt, prompt_pages, own_pages]
 
 
-def _half(slots: int) -> int:
-    """Half as many slots, or as near as there may be."""
-    return -(-slots // (2 * LEAST)) * LEAST
-
-
 def _usual_pages(slots: int) -> int:
     """Pages that so many rows use when some are young and some are old, with some to spare."""
-    return _rounded(slots * 21 // 8)
+    return slots * 21 // 8
 
 
-def _rounded(pages: int) -> int:
-    return -(-max(pages, 1) // LEAST) * LEAST
-
-
-def _padded_pages(pages: int) -> int:
-    return padded_length(max(pages, 1) * PAGE) // PAGE
+def _doubled(pages: int) -> int:
+    """As many pages, or up to the next power of two: prompts are read in few widths."""
+    return 1 << (max(pages, 1) - 1).bit_length()

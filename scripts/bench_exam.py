@@ -147,7 +147,7 @@ def time_ours(directory: Path, exam: Exam, slots: int, dtype: str, repeats: int)
     import jax
 
     from distill_jax.engine import Engine
-    from distill_jax.generate import plan_slots, sit
+    from distill_jax.generate import free_memory, plan_slots, sit
     from distill_jax.student.model import abstract_params, logical_axes
     from distill_jax.student.sampling import Sampling
     from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
@@ -172,7 +172,13 @@ def time_ours(directory: Path, exam: Exam, slots: int, dtype: str, repeats: int)
         sampling=Sampling(temperature=1.0, top_k=50),
         compute_dtype=dtype,
     )
-    each = plan_slots(engine, make_prompts(exam), asked=slots, num_owed=exam.lengths.size)
+    each = plan_slots(
+        engine,
+        make_prompts(exam),
+        asked=slots,
+        num_owed=exam.lengths.size,
+        free=free_memory(mesh),
+    )
 
     def take() -> tuple[float, Any]:
         start = time.perf_counter()

@@ -114,9 +114,9 @@ def make_pages(
     return Pages(*(tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for shape in shapes))
 
 
-def move_pages(pages: Pages, old: Int[Array, " p"]) -> Pages:
-    """New pages that hold what the `old` ones did, in that order."""
-    return jax.tree.map(lambda x: x[old], pages)
+def move_pages(pages: Float[Array, "P K x y"], old: Int[Array, " p"]) -> Float[Array, "p K x y"]:
+    """One layer's keys or values on new pages, which hold what the `old` ones did."""
+    return pages[old]
 
 
 def read_shared(
