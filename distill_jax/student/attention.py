@@ -155,9 +155,9 @@ def weigh(
 ) -> Share:
     """What one stretch adds to the softmax.
 
-    All queries of a group and key head are one matrix, [G K, S L R, H], so that a stretch costs
+    All queries of a group and key head are one matrix, [G, K, S L R, H], so that a stretch costs
     plain batched products: written as one contraction over six dims, XLA's CPU backend is several
-    times slower.
+    times slower. Heads stay a dim of their own, which a mesh can spread.
 
     Args:
       query, scale, cap: As in `attend`.
@@ -174,9 +174,8 @@ def weigh(
     # Any constant gives the same softmax; the largest score keeps it in range.
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(axis=-1), LOWEST))
     weights = jnp.exp(scores - top[..., None])
-    values = _by_head(stretch.values)
-    mixed = _mix(weights.astype(values.dtype), values, reaches)
-    return Share(*(_by_row(x, groups, shape) for x in (top, weights.sum(axis=-1), mixed)))
+    mixed = _mix(weights.astype(stretch.values.dtype), stretch.values, reaches)
+    return Share(*(_by_row(x, shape) for x in (top, weights.sum(axis=-1), mixed)))
 
 
 def deal(found: Share, route: Route) -> list[Share]:
@@ -219,14 +218,12 @@ def _score(
     stretch: Stretch,
     groups: int,
     cap: float | None,
-    reaches: Bool[Array, "x m"] | None,
-) -> Array:
-    """Scores of one stretch, [G K, S L R, T]; -inf where a query does not see a token."""
+    reaches: Bool[Array, "G K m"] | None,
+) -> Float32[Array, "G K m T"]:
+    """Scores of one stretch; -inf where a query does not see a token."""
     rows, length, kv_heads, repeats, _ = query.shape
-    if isinstance(stretch.keys, Turned):
-        keys = _by_head(stretch.keys.keys)
-    else:
-        keys = _by_head(stretch.keys).swapaxes(1, 2)
+    keys = stretch.keys
+    keys = keys.keys if isinstance(keys, Turned) else keys.swapaxes(2, 3)
     scores = _mix(_by_group(query, groups), keys, reaches)
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
@@ -239,8 +236,10 @@ def _score(
 
 
 def _mix(
-    left: Float[Array, "x m i"], right: Float[Array, "x i o"], reaches: Bool[Array, "x m"] | None
-) -> Float32[Array, "x m o"]:
+    left: Float[Array, "G K m i"],
+    right: Float[Array, "G K i o"],
+    reaches: Bool[Array, "G K m"] | None,
+) -> Float32[Array, "G K m o"]:
     """A product whose right side gets a gradient only from the rows that reach it."""
     return _product(left, right) if reaches is None else _cut_product(left, right, reaches)
 
@@ -260,26 +259,22 @@ def _cut_forward(left: Array, right: Array, reaches: Array) -> tuple[Array, tupl
 
 def _cut_backward(kept: tuple[Array, Array, Array], grad: Array) -> tuple[Array, Array, None]:
     left, right, reaches = kept
-    to_left = _product(grad.astype(right.dtype), right.swapaxes(1, 2)).astype(left.dtype)
+    to_left = _product(grad.astype(right.dtype), right.swapaxes(2, 3)).astype(left.dtype)
     reaching = jnp.where(reaches[..., None], grad, 0.0).astype(left.dtype)
-    return to_left, _product(left.swapaxes(1, 2), reaching).astype(right.dtype), None
+    return to_left, _product(left.swapaxes(2, 3), reaching).astype(right.dtype), None
 
 
 _cut_product.defvjp(_cut_forward, _cut_backward)
 
 
 def _by_group(x: Array, groups: int) -> Array:
-    """[B, L, K, R, ...] to [G K, S L R, ...]."""
+    """[B, L, K, R, ...] to [G, K, S L R, ...]."""
     x = jnp.moveaxis(x.reshape(groups, -1, *x.shape[1:]), 3, 1)
-    return x.reshape(groups * x.shape[1], -1, *x.shape[5:])
+    return x.reshape(*x.shape[:2], -1, *x.shape[5:])
 
 
-def _by_row(x: Array, groups: int, shape: tuple[int, int, int, int]) -> Array:
-    """[G K, S L R, ...] back to [B, L, K, R, ...], which is `shape`."""
-    _, length, kv_heads, repeats = shape
-    x = x.reshape(groups, kv_heads, -1, length, repeats, *x.shape[2:])
+def _by_row(x: Array, shape: tuple[int, int, int, int]) -> Array:
+    """[G, K, S L R, ...] back to [B, L, K, R, ...], which is `shape`."""
+    _, length, _, repeats = shape
+    x = x.reshape(*x.shape[:2], -1, length, repeats, *x.shape[3:])
     return jnp.moveaxis(x, 1, 3).reshape(*shape, *x.shape[5:])
-
-
-def _by_head(x: Float[Array, "G K y z"]) -> Float[Array, "GK y z"]:
-    return x.reshape(-1, *x.shape[2:])
