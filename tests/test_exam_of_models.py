@@ -14,26 +14,15 @@ from distill_jax.exam import take_exam
 from distill_jax.generate import make_generate
 from distill_jax.records import Question
 from distill_jax.report.marks import Marks, mark
-from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.sharding import make_mesh
 from distill_jax.tokenizer import load_tokenizer
 from distill_jax.weights import load_params, read_model_config
 
 
-def read_adder(directory: Path) -> tuple[ModelConfig, Params]:
-    """The model with a tenth position: a text's last token has one, though nothing is read there.
-
-    Two numbers and their sum are ten digits; what was published has positions for nine.
-    """
-    config = read_model_config(directory)
-    params = load_params(directory, config, whole(config))
-    params["position_embedding"] = jnp.pad(params["position_embedding"], [(0, 1), (0, 0)])
-    return dataclasses.replace(config, max_positions=config.max_positions + 1), params
-
-
 def examine_adder(directory: Path, count: int) -> Marks:
     """Marks of `mathgpt-add3` for so many sums of two numbers below 1000."""
-    config, params = read_adder(directory)
+    config = read_model_config(directory)
+    params = load_params(directory, config, whole(config))
     pairs = np.random.default_rng(0).integers(0, 1000, (count, 2))
     questions = [
         Question(f"add/{i}", f"{a:03}{b:03}", str(a + b), "test", "numeric")
