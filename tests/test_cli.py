@@ -65,14 +65,15 @@ def test_exam_of_a_real_model_on_real_questions(shared: Path, tmp_path: Path):
     prepare("svamp", data_dir=tmp_path, source=shared / "data")
     settings = ["task.num_test=5", "task.demonstrations=[]", "exam.max_new_tokens=[24, 24]"]
     model = shared / "models" / "stories260k"
-    done = command(
-        "exam", model, "--task", "svamp", "--json", *settings, DISTILL_JAX_DATA=str(tmp_path)
-    )
+    words = ("--task", "svamp", "--votes", "2", "--json", *settings)
+    done = command("exam", model, *words, DISTILL_JAX_DATA=str(tmp_path))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["questions"] == 5 and 0 < result["generated_tokens"] <= 5 * 24
+    assert result["questions"] == 5 and 0 < result["generated_tokens"] <= 5 * 24 * 3
     assert 0.0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1.0
     assert {"unreadable", "cut", "seconds"} <= set(result)
+    assert result["votes"] == 2
+    assert 0.0 <= result["majority_accuracy"] <= result["pass_at_k"] <= 1.0
 
 
 def test_the_tutor_serves_until_it_is_interrupted():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_jax.config import ExamConfig
 from distill_jax.engine import Engine, exam_mesh
-from distill_jax.generate import Generate, make_generate, sit
+from distill_jax.generate import Generate, make_generate, row_keys, sit
 from distill_jax.records import Completion
 from distill_jax.slots import Prompt, Row
 from distill_jax.student.model import (
@@ -204,6 +204,12 @@ def test_draws_follow_seed_round_and_id_and_greedy_follows_none(single, expected
         for name, (greedy, *drawn) in found.items():
             assert greedy == expected[name][0]
             assert drawn != list(expected[name][1:])
+
+
+def test_every_row_has_numbers_of_its_own_wherever_it_stands():
+    identities = [(seed, index, name) for seed in (1, 2) for index in (0, 1) for name in IDS]
+    keys = [row_keys(*identity, 3) for identity in identities]
+    assert len({tuple(key) for rows in keys for key in rows.tolist()}) == len(keys) * 3
 
 
 def test_samples_do_not_depend_on_how_many_there_are(single, expected):
