@@ -166,13 +166,13 @@ class Engine:
         def run(
             tokens: jax.Array, places: jax.Array, mask: jax.Array, past: Sequence[Segment] = ()
         ) -> tuple[jax.Array, Segment]:
-            config, options = self.config, {"unroll": True}
+            config = self.config
             params = _whole(config, weights)  # where it is used, as `Context.stack`
             if isinstance(config, EncoderDecoderConfig):
                 model = with_params(config, params)
-                return model.decode(tokens, *past, places, dtype=self.dtype, **options)
+                return model.decode(tokens, *past, places, dtype=self.dtype, unroll=True)
             return forward(
-                config, params, tokens, places, mask, past, compute_dtype=self.dtype, **options
+                config, params, tokens, places, mask, past, compute_dtype=self.dtype, unroll=True
             )
 
         return run

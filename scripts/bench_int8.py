@@ -41,7 +41,8 @@ class RoundedEngine(Engine):
 
         def rounded(*stretch: Any) -> Any:
             hidden, segment = run(*stretch)
-            keys, values = (jnp.multiply(*to_int8(x, -1)) for x in segment[:2])
+            assert isinstance(segment.keys, jax.Array)
+            keys, values = (jnp.multiply(*to_int8(x, -1)) for x in (segment.keys, segment.values))
             return hidden, segment._replace(keys=keys, values=values)
 
         return rounded
@@ -119,7 +120,7 @@ def time_attention() -> dict[str, dict[str, float]]:
 
 def measure(call: Any, query: jax.Array, *pages: Any) -> dict[str, float]:
     """The least of sixty: other programs only add."""
-    program = jax.jit(call).lower(query, *pages).compile()
+    program: Any = jax.jit(call).lower(query, *pages).compile()
     times = []
     for _ in range(60):
         start = time.process_time()

@@ -37,7 +37,7 @@ WINDOWED = ModelConfig(
     vocab_size=90, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=48,
     max_positions=128, local_layers=(True, False), window=17,
 )  # fmt: skip
-SAMPLING = Sampling(temperature=1.2, top_k=30, top_p=0.95)
+SAMPLING = Sampling(temperature=0.5, top_k=30, top_p=0.95)
 NOTHING = np.zeros(90, np.uint8)
 LENGTHS, LIMITS = [3, 40, 1, 5, 34], [36, 7, 7]
 

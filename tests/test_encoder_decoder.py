@@ -175,8 +175,9 @@ def test_token_by_token_equals_the_whole(name):
     for t in range(3, 7):
         hidden, new = go_on(params, before, t, t + 1)
         np.testing.assert_allclose(hidden[:, 0], expected[:, t], atol=TOLERANCE)
-        parts = zip(before[:4], new[:4], (3, 3, 1, 1), strict=True)  # axes of tokens
-        before = Segment(*(jnp.concatenate((x, y), axis) for x, y, axis in parts))
+        parts: Any = zip(before[:4], new[:4], (3, 3, 1, 1), strict=True)  # axes of tokens
+        longer: Any = [jnp.concatenate((x, y), axis) for x, y, axis in parts]
+        before = Segment(*longer)
 
 
 @pytest.mark.parametrize(("count", "far"), [(32, 128), (8, 20), (32, 20), (12, 500)])

@@ -58,6 +58,7 @@ def compile_programs(engine: Engine, slots: int) -> Programs:
     shared = engine.read_shared(weights, [5] * SHARED)
     step = seating.read()
     assert step is not None
+    rows: list[Any]
     _, rows, enough = seating.seat()
     pools = engine.make_pools(seating.sizes)
     read = engine._read_prompts.lower(weights, shared, pools.prompts, list(step[1]))

@@ -131,27 +131,27 @@ class EncoderDecoder(nnx.Module):
         seen = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (rows, length, length))
 
         def step(x: Array, parts: tuple[Layer, Any, Any]) -> tuple[Array, Any]:
-            layer, of_memory, of_before = parts
+            layer, (text_keys, text_values), own = parts
             assert layer.cross is not None and layer.cross_norm is not None
 
             def look(query: Array, key: Array, value: Array) -> tuple[Array, Any]:
                 key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
                 stretches = [Stretch(key, value, seen, bias=near)]
                 if before is not None:
-                    own = Stretch(*of_before, before.mask[:, None], before.route, far)
-                    stretches.insert(0, own)
+                    sight = before.mask[:, None]
+                    stretches.insert(0, Stretch(own[0], own[1], sight, before.route, far))
                 return _attend(query, *stretches), (key, value)
 
             change, kept = layer.attention(layer.attention_norm(x), None, look)
             x = x + change
             query = layer.cross.ask(layer.cross_norm(x), None)
-            text = Stretch(*of_memory, memory.mask[:, None], memory.route)
+            text = Stretch(text_keys, text_values, memory.mask[:, None], memory.route)
             x = x + layer.cross.finish(_attend(query, text))
             return constrain(x + layer.mlp(layer.mlp_norm(x))), kept
 
         x = constrain(self.embedding[...][tokens].astype(dtype))
-        own = None if before is None else (before.keys, before.values)
-        parts = (self.decoder, (memory.keys, memory.values), own)
+        of_before = None if before is None else (before.keys, before.values)
+        parts = (self.decoder, (memory.keys, memory.values), of_before)
         x, (keys, values) = jax.lax.scan(recompute(step, remat), x, parts, unroll=unroll)
         positions = jnp.broadcast_to(places, tokens.shape)
         return self.norm(x), Segment(keys, values, positions, jnp.ones(tokens.shape, bool))
