@@ -38,7 +38,7 @@ class Prompt:
     """A question that is asked."""
 
     index: int  # among the prompts given
-    tokens: list[int]  # behind those that all prompts begin with, at least one
+    tokens: list[int]  # behind the common ones; the last is fed by each row, the others are read
     rows: list["Row"] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # of all tokens but the last
 

@@ -3,7 +3,9 @@
 All prompts of an exam begin with the same tokens, and each question is answered by several rows.
 The common tokens are computed once per exam and the rest of a prompt once per question. A row sits
 in a slot and attends to both, and to its own tokens, where they lie: keys and values lie in pages,
-each row knows which pages are its own and its question's, and nothing is copied per row.
+each row knows which pages are its own and its question's, and nothing is copied per row. Of an
+encoder-decoder nothing is common: the encoder reads the whole prompt, and rows begin with a start
+token.
 
 A row's numbers depend on its own tokens alone, not on its slot, its neighbours or which pages it
 was given: parts of a softmax are joined in the order of the row's own pages, and pages that a row

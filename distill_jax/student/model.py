@@ -2,8 +2,8 @@
 
 What declares, makes and names weights, and what scores tokens, serves encoder-decoders as well.
 
-Letters: N layers, B rows, L tokens of a row, G groups of a segment, T tokens of a segment, K key
-and value heads, H head dim, D width, E length of an embedding, V padded vocabulary.
+Letters: B rows, L tokens of a row, T tokens of a segment, D width, E length of an embedding, V
+padded vocabulary.
 """
 
 import functools
