@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from distill_jax.processes import gather, is_main, tell
 from distill_jax.student.model import Params
 from distill_jax.student.step import TrainState
 
@@ -21,8 +22,9 @@ log = logging.getLogger(__name__)
 
 def save_params(folder: Path, params: Params) -> None:
     """Writes finished weights; `folder` exists only once all of them are on disk."""
-    if folder.exists():
+    if is_main() and folder.exists():
         shutil.rmtree(folder)
+    gather("making way for the weights", None)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder.resolve(), params)
 
@@ -83,7 +85,9 @@ class TrainingCheckpoints:
         A state that can't be read, such as a copy cut short, is named in the log and the one
         before it is taken.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = tell("looking for train states", lambda: sorted(self._manager.all_steps()))
+        for step in reversed(steps):
+            restored = None
             try:
                 restored = _restore(
                     self._folder / str(step),
@@ -93,9 +97,10 @@ class TrainingCheckpoints:
                 )
             except ValueError as error:
                 log.warning("%s The state before it is used.", error)
-                self._manager.delete(step)
-            else:
+            read = gather("reading a train state", restored is not None)
+            if restored is not None and all(read):
                 return TrainState(*restored)
+            self._manager.delete(step)
         return None
 
 

@@ -4,7 +4,6 @@ Messages go to stderr, results to stdout. Exit codes: 0 done, 1 a bug, 2 wrong u
 10 paused by the budget, 11 quota exhausted, 12 credentials refused, 13 disk, 14 interrupted.
 """
 
-import errno
 import json
 import sys
 from collections.abc import Callable
@@ -16,11 +15,9 @@ import typer
 import typer.core
 
 from distill_jax.analysis_commands import analyse, compare, sweep
+from distill_jax.endings import exit_code, sentence
 from distill_jax.ledger_commands import ledger
 from distill_jax.machine import keep_compiled
-
-WRONG_USAGE, DISK, INTERRUPTED = 2, 13, 14
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Commands(typer.core.TyperGroup):
@@ -31,13 +28,11 @@ class Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except typer.Exit:  # also a RuntimeError; help has been shown
             raise
-        except KeyboardInterrupt:
-            _leave("interrupted; the same command goes on from here.", INTERRUPTED)
-        except (ValueError, OSError, RuntimeError) as error:
-            code = _exit_code(error)
+        except (KeyboardInterrupt, ValueError, OSError, RuntimeError) as error:
+            code = exit_code(error)
             if code is None:
                 raise
-            _leave(str(error), code)
+            _leave(sentence(error), code)
 
 
 app = typer.Typer(
@@ -78,13 +73,6 @@ WrittenDtype = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error that a user can mend; None for a bug."""
-    if isinstance(error, OSError):
-        return DISK if error.errno in FULL else None
-    return getattr(error, "exit_code", WRONG_USAGE if isinstance(error, ValueError) else None)
-
-
 def _leave(message: str, code: int) -> NoReturn:
     print(f"distill-jax: {message}", file=sys.stderr)
     raise SystemExit(code)
@@ -105,20 +93,59 @@ def _show(value: dict[str, Any], as_json: bool, show: Callable[[], None] | None 
 def run(
     config: Annotated[Path, typer.Argument(help="A config, such as configs/quickstart.yaml.")],
     overrides: Overrides = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(envvar="JAX_COORDINATOR_ADDRESS", help="HOST:PORT of process 0, of several."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(envvar="JAX_NUM_PROCESSES", help="How many there are.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(envvar="JAX_PROCESS_ID", help="Which one this is, from 0.")
+    ] = None,
+    in_cluster: Annotated[
+        bool, typer.Option("--in-cluster", help="Ask the cluster all that, as JAX can.")
+    ] = False,
+    lost_after: Annotated[
+        float, typer.Option(min=1, help="Seconds without a sign of life of another process.")
+    ] = 60.0,
+    stuck_after: Annotated[
+        float, typer.Option(min=1, help="Seconds without progress of another process.")
+    ] = 1800.0,
     as_json: AsJson = False,
 ) -> None:
-    """Teach a student round by round. The same command continues an interrupted run."""
+    """Teach a student round by round. The same command continues an interrupted run.
+
+    On several hosts each runs this same command: Slurm and TPU pods say who is who, elsewhere the
+    options do.
+    """
     from distill_jax.config_file import load_config
+    from distill_jax.interrupts import heed_preemption
+    from distill_jax.membership import find_member
+    from distill_jax.processes import Limits, is_main
+    from distill_jax.shelter import take_shelter
 
     settings = load_config(config, overrides or [])
+    member = find_member(coordinator, processes, process, in_cluster=in_cluster)
+    if member:
+        take_shelter(member.index)
     keep_compiled()
-    from distill_jax import rounds
+    from distill_jax.cluster import join
+
+    with join(member, Limits(start=5 * lost_after, lost=lost_after, stuck=stuck_after)):
+        heed_preemption()  # here, since JAX looks after the signal too
+        from distill_jax import rounds
+
+        rounds.run(settings)
+        if is_main():
+            _show_run(Path(settings.folder), as_json)
+
+
+def _show_run(folder: Path, as_json: bool) -> None:
     from distill_jax.report.page import write_page
     from distill_jax.report.summary import status_json, summarise
     from distill_jax.report.tables import print_runs
 
-    rounds.run(settings)
-    folder = Path(settings.folder)
     page = write_page([folder], folder / "report.html")
     summary = summarise(folder)
     _show(status_json(summary), as_json, lambda: print_runs([summary]))

@@ -130,7 +130,7 @@ class TrainConfig(Section):
     targets: Annotated[tuple[Form, ...], SOME] = ("rationale",)  # the first one is the exam's form
     start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass recomputes
-    checkpoint_every: Count = 200  # steps
+    checkpoint_every: tuple[Count, Positive] = (200, 10.0)  # steps, minutes; and after each epoch
 
 
 class ReflectionConfig(Section):

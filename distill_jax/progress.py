@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from distill_jax.processes import tick
+
 PLAIN_EVERY = 10.0  # seconds between two lines where there is no terminal
 
 _ANSI = re.compile(
@@ -136,10 +138,12 @@ class _Stage:
         self.done, self.detail = done, ""
         self.lock = threading.Lock()
         self._done_before, self._clock, self._start = done, clock, clock()
+        tick(title)
 
     def advance(self, amount: int = 1, detail: str = "") -> None:
         with self.lock:
             self.done += amount
+            tick(self.title)
             self.detail = one_line(detail) or self.detail
 
     @property

@@ -2,20 +2,34 @@
 
 Every stage asks first whether its file is finished, so the same call starts a run, continues it
 wherever it was interrupted, and does nothing to a finished one.
+
+Of several processes all walk through the same stages. What only the first may touch it tells the
+others.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from distill_jax import run_folder
 from distill_jax.batches import make_rows
-from distill_jax.config import SELF, Config
+from distill_jax.config import SELF, TEACHER, Config, ConfigError, parse_config
+from distill_jax.config_file import differences
 from distill_jax.exam import accuracy, take_exam
+from distill_jax.processes import gather, is_main, tell
 from distill_jax.progress import Progress
-from distill_jax.records import Attempt, Lesson, Question, Split, to_json
-from distill_jax.run_folder import Partial, read_records, round_folder, timed, write_records
+from distill_jax.records import Attempt, Lesson, Question, Rationale, Split, from_json, to_json
+from distill_jax.run_folder import (
+    Partial,
+    read_records,
+    read_rows,
+    round_folder,
+    timed,
+    write_records,
+)
 from distill_jax.school import School, open_school
 from distill_jax.syllabus import Syllabus, choose, read_sources
 from distill_jax.teacher.lesson import mark_attempts
@@ -28,6 +42,8 @@ from distill_jax.teaching import (
     wants_rationales,
 )
 from distill_jax.training import make_course, train_round
+
+T = TypeVar("T")
 
 NO_MISTAKES = "every training question was answered right"
 NOTHING_KEPT = "none of the teacher's answers could be trained on"
@@ -52,11 +68,12 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
     Source:
       Wang et al., "Democratizing Reasoning Ability" (EMNLP 2023), algorithm 1.
     """
-    progress = progress or Progress()
-    folder = run_folder.open_run(config)
+    progress = progress or Progress(quiet=not is_main())
+    _compare(config)
+    folder = Path(tell("opening the run folder", lambda: str(run_folder.open_run(config))))
     with run_folder.lock(folder):
-        if not (folder / "result.json").exists():
-            check_teacher(config)
+        if not tell("looking for a result", (folder / "result.json").exists):
+            tell("looking for the teacher's key", lambda: check_teacher(config))
             school = open_school(config, folder, progress)
             _sit(school, 0, "dev", weights_round=0)
             finished, reason = 0, ""
@@ -64,7 +81,20 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
                 reason = _play_round(school, finished + 1)
                 finished += not reason
             _finish(school, finished, reason)
-        return run_folder.read_json(folder / "result.json")
+        return tell("reading the result", lambda: run_folder.read_json(folder / "result.json"))
+
+
+def _compare(config: Config) -> None:
+    """Makes sure that all processes run the same."""
+    first, *others = map(parse_config, gather("comparing", config.model_dump(mode="json")))
+    if others and config.student.model == TEACHER:
+        raise ConfigError(f"student.model={TEACHER} needs no devices; run it as one process.")
+    for index, other in enumerate(others, start=1):
+        changed = differences(first, other)
+        if changed:
+            raise ConfigError(
+                f"process {index} runs with other settings than process 0: {'; '.join(changed)}."
+            )
 
 
 def _play_round(school: School, round_index: int) -> str:
@@ -88,7 +118,7 @@ def _reason_to_stop(school: School, finished: int) -> str:
         return f"the limit of {rounds.max} rounds"
     if not school.questions["dev"] or not finished:
         return ""
-    marks = _dev_accuracies(school, finished)
+    marks = tell("comparing the rounds", lambda: _dev_accuracies(school, finished))
     since_best = finished - int(np.argmax(marks))
     if since_best >= rounds.patience:
         return f"dev accuracy has not risen for {since_best} round{'s' * (since_best > 1)}"
@@ -104,10 +134,11 @@ def _finish(school: School, finished: int, reason: str) -> None:
     """Chooses a round, sits the test with it and with the untrained student, and says so."""
     chosen = finished
     if school.questions["dev"] and school.config.rounds.select == "best":
-        chosen = int(np.argmax(_dev_accuracies(school, finished)))
+        marks = tell("choosing a round", lambda: _dev_accuracies(school, finished))
+        chosen = int(np.argmax(marks))
     if school.questions["test"]:
-        marks = [_sit(school, r, "test", weights_round=r) for r in sorted({0, chosen})]
-        write_records(school.folder / "test.jsonl", [row for rows in marks for row in rows])
+        attempts = [_sit(school, r, "test", weights_round=r) for r in sorted({0, chosen})]
+        write_records(school.folder / "test.jsonl", [row for rows in attempts for row in rows])
     result = {"stop_reason": reason, "chosen_round": chosen, "rounds": finished}
     run_folder.write_json(school.folder / "result.json", result)
 
@@ -126,15 +157,15 @@ def _sit(
     questions for the greedy answer alone; `hinted` asks those in `asked`, and shows the answer.
     """
     path = round_folder(school.folder, round_index) / f"{stage}.jsonl"
-    if path.exists():
-        return read_records(path, Attempt)
+    if tell(f"looking for {path.name}", path.exists):
+        return _hear(path, Attempt)
     split: Split = "dev" if stage == "dev" else "test" if stage == "test" else "train"
     questions = school.questions[split] if asked is None else asked
     config, hinted = school.config, stage == "hinted"
     samples = {"exam": config.exam.samples, "hinted": config.teacher.samples - 1}.get(stage, 0)
     part = Partial(path)
     part.keep(len(part.rows) - len(part.rows) % (1 + samples))  # whole questions only
-    done = {row["question_id"] for row in part.rows}
+    done = set(tell("looking who is done", lambda: [row["question_id"] for row in part.rows]))
     if len(done) < len(questions):
         sitting = take_exam(
             questions,
@@ -157,12 +188,24 @@ def _sit(
                 part.append(map(to_json, attempts))
                 advance(1)
     part.close()
+    if is_main():
+        _finish_exam(path, questions, samples)
+    return _hear(path, Attempt)
+
+
+def _finish_exam(path: Path, questions: Sequence[Question], samples: int) -> None:
+    """Sorts what came in any order."""
     rows = read_records(run_folder.partial_path(path), Attempt)
     place = {question.id: index for index, question in enumerate(questions)}
     rows.sort(key=lambda row: (place[row.question_id], row.sample_index))
     assert len(rows) == len(questions) * (1 + samples), "every question is sat exactly once"
     write_records(path, rows)
-    return rows
+
+
+def _hear(path: Path, kind: type[T]) -> list[T]:
+    """The records of a finished stage, which the first process reads to all."""
+    rows = tell(f"reading {path.name}", lambda: read_rows(path))
+    return [from_json(kind, row) for row in rows]
 
 
 def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
@@ -171,13 +214,10 @@ def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     It is empty where the student learns bare answers, which the questions hold.
     """
     path, config = round_folder(school.folder, round_index) / "lesson.jsonl", school.config
-    if path.exists():
+    if tell(f"looking for {path.name}", path.exists):
         return
-    if not wants_rationales(config):
-        lesson = Lesson(())
-    elif config.teacher.url == SELF:
-        lesson = _teach_oneself(school, round_index, attempts)
-    else:
+
+    def ask() -> None:
         with timed(school.folder, round_index, "teach"):
             lesson = teach(
                 config,
@@ -187,25 +227,37 @@ def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
                 round_index=round_index,
                 progress=school.progress,
             )
-    write_records(path, lesson.rows)
+        write_records(path, lesson.rows)
+
+    if not wants_rationales(config):
+        write_records(path, ())
+    elif config.teacher.url == SELF:
+        write_records(path, _teach_oneself(school, round_index, attempts).rows)
+    else:
+        tell(f"teaching, round {round_index}", ask)
 
 
 def _judge(school: School, round_index: int) -> None:
     """Leaves those of a round's own rationales that the teacher approves of, if it is to judge."""
     config = school.config
     path = round_folder(school.folder, round_index) / "judged.jsonl"
-    if "judged" not in config.train.rows or path.exists():
-        return
-    with timed(school.folder, round_index, "judge"):
-        approved = judge(
-            config,
-            school.folder,
-            school.questions["train"],
-            read_sources(config, path.parent),
-            round_index=round_index,
-            progress=school.progress,
-        )
-    write_records(path, approved)
+
+    def ask() -> None:
+        if path.exists():
+            return
+        with timed(school.folder, round_index, "judge"):
+            approved = judge(
+                config,
+                school.folder,
+                school.questions["train"],
+                read_sources(config, path.parent),
+                round_index=round_index,
+                progress=school.progress,
+            )
+        write_records(path, approved)
+
+    if "judged" in config.train.rows:
+        tell(f"judging, round {round_index}", ask)
 
 
 def _teach_oneself(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
@@ -227,7 +279,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
     config, student = school.config, school.student
     assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
-    if (folder / "metrics.jsonl").exists():
+    if tell("looking for metrics.jsonl", (folder / "metrics.jsonl").exists):
         return
     chosen = _choose(school, round_index)
     rows = make_rows(
@@ -264,10 +316,12 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
 
 
 def _choose(school: School, round_index: int) -> Syllabus:
-    return choose(
-        school.config,
-        school.folder,
-        school.questions["train"],
-        school.exam_texts,
-        round_index=round_index,
-    )
+    def pick() -> dict[str, Any]:
+        questions, texts = school.questions["train"], school.exam_texts
+        picked = choose(school.config, school.folder, questions, texts, round_index=round_index)
+        rows = [to_json(rationale) for rationale in picked.rationales]
+        return {"rationales": rows, "left_out": dict(picked.left_out)}
+
+    told = tell("choosing rationales", pick)
+    rationales = [from_json(Rationale, row) for row in told["rationales"]]
+    return Syllabus(rationales, told["left_out"])

@@ -2,6 +2,8 @@
 
 A stage is finished when its file exists: files are written beside and renamed last. A stage in
 progress appends to `<stage>.partial.jsonl`, so that a killed run loses one line at most.
+
+Of several processes the first alone writes: in the others, what would write does nothing.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 
 from distill_jax.config import Config, ConfigError
 from distill_jax.config_file import differences, load_config, to_yaml
+from distill_jax.processes import is_main
 from distill_jax.records import from_json, to_json
 
 T = TypeVar("T")
@@ -72,6 +75,9 @@ def lock(folder: Path) -> Iterator[None]:
     Raises:
       ConfigError: another process holds the run; names it and its host.
     """
+    if not is_main():
+        yield
+        return
     with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +100,8 @@ def round_folder(folder: Path, round_index: int) -> Path:
       'round_03'
     """
     path = folder / f"round_{round_index:02d}"
-    path.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -110,6 +117,8 @@ def partial_path(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file beside `path` and renames it into place."""
+    if not is_main():
+        return
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -140,8 +149,9 @@ def write_records(path: Path, records: Iterable[object]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a finished stage's rows, one JSON object per line, and drops its partial file."""
-    write_text(path, "".join(map(_line, rows)))
-    partial_path(path).unlink(missing_ok=True)
+    if is_main():
+        write_text(path, "".join(map(_line, rows)))
+        partial_path(path).unlink(missing_ok=True)
 
 
 def read_records(path: Path, kind: type[T]) -> list[T]:
@@ -158,34 +168,44 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Partial:
-    """The rows of a stage in progress. Opening it repairs a line that a crash cut short."""
+    """The rows of a stage in progress. Opening it repairs a line that a crash cut short.
+
+    Only the first process has them.
+    """
 
     def __init__(self, path: Path):
+        self.rows: list[dict[str, Any]] = []
         self._path = partial_path(path)
-        whole = _whole_lines(self._path)
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
-        self._file = self._path.open("ab")
-        self._file.truncate(sum(map(len, whole)))
+        self._file = None
+        if is_main():
+            whole = _whole_lines(self._path)
+            self.rows = [json.loads(line) for line in whole]
+            self._file = self._path.open("ab")
+            self._file.truncate(sum(map(len, whole)))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows; they are on disk when this returns."""
-        self._file.write("".join(map(_line, rows)).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file:
+            self._file.write("".join(map(_line, rows)).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def keep(self, num_rows: int) -> None:
         """Forgets the rows after the first `num_rows`."""
         self.rows = self.rows[:num_rows]
-        self._file.truncate(sum(len(_line(row).encode()) for row in self.rows))
+        if self._file:
+            self._file.truncate(sum(len(_line(row).encode()) for row in self.rows))
 
     def close(self) -> None:
         """Releases the file; the rows stay."""
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def finish(self, path: Path) -> None:
         """Makes the rows, as they are, the finished stage `path`."""
         self.close()
-        self._path.replace(path)
+        if self._file:
+            self._path.replace(path)
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -213,9 +233,10 @@ def timed(folder: Path, round_index: int, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        spent = read_round(folder, round_index).get("seconds", {})
-        total = round(spent.get(stage, 0.0) + time.monotonic() - start, 3)
-        update_round(folder, round_index, seconds={**spent, stage: total})
+        if is_main():
+            spent = read_round(folder, round_index).get("seconds", {})
+            total = round(spent.get(stage, 0.0) + time.monotonic() - start, 3)
+            update_round(folder, round_index, seconds={**spent, stage: total})
 
 
 def read_round(folder: Path, round_index: int) -> dict[str, Any]:
@@ -225,8 +246,9 @@ def read_round(folder: Path, round_index: int) -> dict[str, Any]:
 
 def update_round(folder: Path, round_index: int, **facts: Any) -> None:
     """Sets facts in a round's `round.json`."""
-    path = round_folder(folder, round_index) / "round.json"
-    write_json(path, {**read_json(path), **facts})
+    if is_main():
+        path = round_folder(folder, round_index) / "round.json"
+        write_json(path, {**read_json(path), **facts})
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

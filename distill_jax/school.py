@@ -1,7 +1,7 @@
 """What the stages of a run share: the questions, the student and its weights."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from distill_jax import checkpoint, prompts, run_folder, scratch, weights
+from distill_jax import checkpoint, processes, prompts, run_folder, scratch, weights
 from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
-from distill_jax.contamination import ExamTexts
+from distill_jax.contamination import ExamTexts, Reason
 from distill_jax.exam import Sitting, passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.records import Attempt, Kind, Question, Split
+from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
 from distill_jax.student import lora
@@ -185,7 +185,8 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
       ConfigError: there is nothing to teach, or the questions are not those that the run began
         with.
     """
-    questions = _split(load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
+    rows = processes.tell("reading the questions", lambda: _read_questions(config))
+    questions = _split([from_json(Question, row) for row in rows])
     exam_texts = ExamTexts(questions["test"])
     questions["train"], found = exam_texts.split(questions["train"])
     if not questions["train"]:
@@ -193,7 +194,25 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
             f"task.name={config.task.name} has no training questions to teach, but for "
             f"{sum(map(len, found.values()))} that are test questions too."
         )
-    _keep_questions(folder, [question for rows in questions.values() for question in rows])
+    if processes.is_main():
+        _keep_questions(folder, [question for rows in questions.values() for question in rows])
+    student = None
+    if config.student.model != TEACHER:
+        student = open_student(config, _base_model(config, folder, questions, progress), folder)
+    if processes.is_main():
+        facts = _find_facts(config, folder, questions, found, student)
+        run_folder.write_manifest(folder, facts)
+    return School(config, folder, questions, exam_texts, student, progress)
+
+
+def _find_facts(
+    config: Config,
+    folder: Path,
+    questions: Mapping[Split, Sequence[Question]],
+    found: Mapping[Reason, Sequence[str]],
+    student: Student | None,
+) -> dict[str, Any]:
+    """What made the run."""
     facts: dict[str, Any] = {
         "contamination": {
             "test_questions": len(questions["test"]),
@@ -205,23 +224,24 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
         "questions_sha256": run_folder.hash_file(folder / "questions.jsonl"),
         "seed": config.seed,
     }
-    student = None
-    if config.student.model != TEACHER:
-        base = _base_model(config, folder, questions, progress)
-        student = open_student(config, base, folder)
-        files = sorted(base.glob("*.safetensors"))
+    if student is not None:
+        files = sorted(student.base.glob("*.safetensors"))
         facts |= {
             "weights_sha256": {path.name: run_folder.hash_file(path) for path in files},
             "devices": f"{student.mesh.size} x {jax.devices()[0].device_kind}",
             "mesh": dict(student.mesh.shape),
         }
-    run_folder.write_manifest(folder, facts)
-    return School(config, folder, questions, exam_texts, student, progress)
+    return facts
 
 
 def _split(questions: Sequence[Question]) -> dict[Split, list[Question]]:
     splits: tuple[Split, ...] = ("train", "dev", "test")
     return {split: [q for q in questions if q.split == split] for split in splits}
+
+
+def _read_questions(config: Config) -> list[dict[str, Any]]:
+    found = load_questions(config.task, seed=config.seed, data_dir=default_data_dir())
+    return [to_json(question) for question in found]
 
 
 def _keep_questions(folder: Path, questions: list[Question]) -> None:
@@ -243,11 +263,12 @@ def _base_model(
     if config.student.model != SCRATCH:
         return weights.find_model(config.student.model)
     path = round_folder(folder, 0) / "student"
-    if not path.exists():
+    if not processes.tell("looking for the student", path.exists):
         everything = [question for rows in questions.values() for question in rows]
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         with run_folder.timed(folder, 0, "pretrain"):
             scratch.make_student(config, path, questions=everything, mesh=mesh, progress=progress)
+        processes.gather("writing the student", None)  # the first process has written it
     return path
 
 

@@ -239,7 +239,7 @@ def _train(
     *_, steps = config.scratch
     optimizer = make_optimizer(model, steps)
     opt_state = jax.jit(optimizer.init, out_shardings=everywhere)(params)
-    state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
+    state = TrainState(jnp.zeros((), jnp.int32, device=everywhere), params, opt_state)
     step = make_step(
         model,
         optimizer,

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from distill_jax import packing, plain_packing
+from distill_jax.ballot import Ballot
 from distill_jax.batches import Course, Rows
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
 from distill_jax.config import Config
+from distill_jax.interrupts import postponed
 from distill_jax.packing import make_grid
+from distill_jax.processes import is_main
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
 from distill_jax.student.architecture import EncoderDecoderConfig
@@ -33,6 +37,10 @@ from distill_jax.student.step import (
 )
 
 T = TypeVar("T")
+SAVE, STOP = 1, 2
+"""What a process may wish between two steps."""
+
+GO_ON = "the same command goes on from here."
 
 WINDOW = 10
 """Steps that rates are taken over."""
@@ -91,32 +99,36 @@ def train_round(
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=train.remat,
     )
-    total, kind = len(course), mesh.devices.flat[0].device_kind
-    peak = mesh.size * (peak_flops(kind) or 0.0)
-    with TrainingCheckpoints(folder / "training") as checkpoints:
-        state = checkpoints.restore(abstract(state)) or state
-        done = int(state.step)
-        figures = _Figures(folder / "metrics.jsonl", round_index, done)
-        progress.note(f"training, round {round_index}: {_tell_shapes(course)}")
-        title = f"training, round {round_index}"
-        with progress.stage(title, total=total, unit="steps", done=done) as advance:
-            for index, (epoch, batch) in enumerate(course.batches(done), start=done):
-                state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
-                facts = {
-                    "step": index,
-                    "epoch": epoch,
-                    "learning_rate": float(jnp.asarray(schedule(index))),
-                    "computed_tokens": batch.tokens.size,
-                    "flops": step_flops(model, batch.counts),
-                    "peak_flops": peak,
-                }
-                advance(1, figures.add(facts, metrics))
-                if (index + 1) % train.checkpoint_every == 0 and index + 1 < total:
-                    checkpoints.save(index + 1, state)
-            figures.flush()
-    save_params(folder / "checkpoint", state.params)
-    figures.finish()
-    shutil.rmtree(folder / "training")
+    title = f"training, round {round_index}"
+    figures = _Figures(folder / "metrics.jsonl", round_index, mesh)
+    with closing(figures), postponed() as asked_to_stop:
+        with TrainingCheckpoints(folder / "training") as checkpoints:
+            state = checkpoints.restore(abstract(state)) or state
+            done = int(state.step)
+            figures.keep(done)
+            moments = _Moments(train.checkpoint_every, mesh, asked_to_stop, done)
+            progress.note(f"{title}: {_tell_shapes(course)}")
+            with progress.stage(title, total=len(course), unit="steps", done=done) as advance:
+                for index, (epoch, batch) in enumerate(course.batches(done), start=done):
+                    wish = moments.look(index, epoch)
+                    if wish:
+                        figures.flush()
+                        checkpoints.save(index, state)
+                    if wish == STOP:
+                        raise KeyboardInterrupt(f"{title}: saved after step {index}; {GO_ON}")
+                    state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
+                    work = {
+                        "computed_tokens": batch.tokens.size,
+                        "flops": step_flops(model, batch.counts),
+                    }
+                    rate = float(jnp.asarray(schedule(index)))
+                    facts = {"step": index, "epoch": epoch, "learning_rate": rate, **work}
+                    advance(1, figures.add(facts, metrics))
+                figures.flush()
+        save_params(folder / "checkpoint", state.params)
+        figures.finish()
+        if is_main():
+            shutil.rmtree(folder / "training")
     return state.params, frozen
 
 
@@ -174,6 +186,34 @@ def make_objective(config: Config) -> Objective:
     )
 
 
+class _Moments:
+    """When the state is saved: at steps, each epoch's end, after minutes, and before a stop.
+
+    Clocks and signals are each process's own; the ballot has all act on them at the same step.
+    """
+
+    def __init__(
+        self, every: tuple[int, float], mesh: Mesh, asked_to_stop: Callable[[], bool], done: int
+    ):
+        self._steps, minutes = every
+        self._seconds = 60 * minutes
+        self._asked_to_stop, self._ballot = asked_to_stop, Ballot(mesh)
+        self._first, self._epoch, self._saved = done, -1, time.monotonic()
+
+    def look(self, index: int, epoch: int) -> int:
+        """What all processes do before step `index`: 0, SAVE or STOP, which saves too."""
+        late = time.monotonic() - self._saved > self._seconds
+        wish = self._ballot.cast(STOP if self._asked_to_stop() else SAVE if late else 0)
+        if index % self._steps == 0 or epoch != self._epoch:
+            wish = max(wish, SAVE)
+        self._epoch = epoch
+        if index == self._first:
+            return 0  # it has been saved, or nothing has been done
+        if wish:
+            self._saved = time.monotonic()
+        return wish
+
+
 class _Figures:
     """The lines of `metrics.jsonl`, each read from the device one step late.
 
@@ -181,10 +221,10 @@ class _Figures:
     waits for the disk; and no more than two steps are ever queued.
     """
 
-    def __init__(self, path: Path, round_index: int, done: int):
+    def __init__(self, path: Path, round_index: int, mesh: Mesh):
         self._path, self._round = path, round_index
+        self._peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0.0)
         self._rows = Partial(path)
-        self._rows.keep(done)
         self._waiting: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
         self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
@@ -203,7 +243,8 @@ class _Figures:
         self._waiting = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.monotonic()
-        row = {"round": self._round, **facts, **values, "seconds": round(now - self._last, 4)}
+        row = {"round": self._round, **facts, "peak_flops": self._peak, **values}
+        row["seconds"] = round(now - self._last, 4)
         self._last = now
         self._window.append((values["useful_tokens"], row["flops"], row["seconds"]))
         tokens, flops, seconds = map(sum, zip(*self._window, strict=True))
@@ -218,6 +259,14 @@ class _Figures:
             )
         self._rows.append([row])
         return f"loss {values['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+
+    def keep(self, done: int) -> None:
+        """Forgets the steps after the first `done`."""
+        self._rows.keep(done)
+
+    def close(self) -> None:
+        """Releases the file; the lines stay."""
+        self._rows.close()
 
     def finish(self) -> None:
         """Makes the lines the round's finished `metrics.jsonl`."""

@@ -8,7 +8,7 @@ import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
-records config config_file numerals answers
+records config config_file endings processes numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions contamination
 prompts tokenizer
@@ -30,12 +30,13 @@ packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.style report.figures report.headline report.tables report.table_files
 report.published report.page
-teaching syllabus training school plan rounds model_card exchange replay
+ballot interrupts teaching syllabus training school plan rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
 analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
 analysis.transfer
-machine ledger_commands analysis_commands cli __main__
+machine ledger_commands analysis_commands
+membership cluster shelter cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}

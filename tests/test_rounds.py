@@ -39,7 +39,7 @@ SMALL = {
         "microbatch_size": 8,
         "learning_rates": [3e-4],
         "warmup_steps": 2,
-        "checkpoint_every": 3,
+        "checkpoint_every": [3, 10.0],
     },
     "reflection": {"weight": 0.05},
     "rounds": {"max": 2, "patience": 2},

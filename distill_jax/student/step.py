@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -193,7 +194,7 @@ def init_state(
         transform_non_params=lambda _: everywhere,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+    step = jnp.zeros((), jnp.int32, device=everywhere)
     shardings = TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
     return TrainState(step, params, opt_state), shardings  # pyright: ignore
 
@@ -204,9 +205,17 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """The batch on the devices: each line on its own, counts everywhere."""
+    """The batch, the same in every process, on the devices: lines are spread, counts everywhere.
+
+    Each process puts its own part.
+    """
     lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     everywhere = NamedSharding(mesh, PartitionSpec())
     layout = jax.tree.map(lambda _: lines, batch)
     counts = jax.tree.map(lambda _: everywhere, batch.counts)
-    return jax.device_put(batch, layout._replace(counts=counts))
+
+    def put(array: ArrayLike, sharding: NamedSharding) -> Array:
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+
+    return jax.tree.map(put, batch, layout._replace(counts=counts))

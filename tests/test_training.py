@@ -1,0 +1,135 @@
+"""A round's training goes on where it was stopped, on whatever devices, to the same weights."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from random_models import LLAMA, make_params
+
+from distill_jax.batches import Row, Rows
+from distill_jax.config import parse_config
+from distill_jax.progress import Advance, Progress
+from distill_jax.run_folder import read_rows
+from distill_jax.student.sharding import make_mesh
+from distill_jax.training import train_round
+
+MODEL = replace(LLAMA, layers=2)
+CONFIG = parse_config(
+    {
+        "folder": "-",
+        "task": {"name": "gsm8k"},
+        "student": {"model": "-", "compute_dtype": "float32"},
+        "train": {
+            "epochs": 3,
+            "batch_size": 8,
+            "microbatch_size": 8,
+            "learning_rates": [1e-4],
+            "warmup_steps": 0,
+            "checkpoint_every": [100, 60.0],
+        },
+    }
+)
+STEPS = 9  # three epochs of 24 rows
+
+
+def make_rows() -> Rows:
+    """Rows of one length, so that one program does for all batches."""
+    rng = np.random.default_rng(5)
+
+    def text(size: int) -> tuple[int, ...]:
+        return tuple(rng.integers(3, MODEL.vocab_size, size).tolist())
+
+    rows = [Row(f"t/{i}", (3, *text(2)), text(6), (text(5),), (text(4),)) for i in range(24)]
+    return Rows(text(4), tuple(rows), {}, 0)
+
+
+class Stopping(Progress):
+    """Asks to stop, as pre-emption does, after some steps."""
+
+    def __init__(self, after: int):
+        super().__init__(quiet=True)
+        self._left = after
+
+    @contextlib.contextmanager
+    def stage(self, title: str, *, total: int, unit: str, done: int = 0) -> Iterator[Advance]:
+        with super().stage(title, total=total, unit=unit, done=done) as advance:
+
+            def count(amount: int = 1, detail: str = "") -> None:
+                advance(amount, detail)
+                self._left -= amount
+                if not self._left:
+                    signal.raise_signal(signal.SIGTERM)
+
+            yield count
+
+
+def train(folder: Path, sizes: tuple[int, int, int], *, stop_after: int = 0) -> dict:
+    """The weights after the round, fetched; or nothing if it is stopped, which it must be."""
+    mesh = make_mesh(*sizes)
+    stopped = pytest.raises(KeyboardInterrupt, match="saved after step") if stop_after else None
+    with stopped or contextlib.nullcontext():
+        trained, _ = train_round(
+            CONFIG,
+            MODEL,
+            mesh,
+            make_rows(),
+            lambda: (make_params(MODEL, mesh=mesh), None),
+            folder,
+            round_index=1,
+            progress=Stopping(stop_after),
+        )
+        return jax.device_get(trained)
+    return {}
+
+
+def saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "training").iterdir())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def weights(undisturbed: Path) -> dict:
+    return train(undisturbed, (1, 1, 1))
+
+
+def figures(folder: Path) -> list[dict]:
+    timed = ("seconds", "tokens_per_second")
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{key: row[key] for key in row if key not in timed} for row in rows]
+
+
+def test_stopped_in_mid_epoch_it_ends_with_the_same_bits(
+    tmp_path: Path, undisturbed: Path, weights: dict
+):
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(tmp_path, (1, 1, 1), stop_after=4) == {}
+    assert saved(tmp_path) == ["3", "5"]  # the end of an epoch, and a step after the signal
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = train(tmp_path, (1, 1, 1))
+    jax.tree.map(np.testing.assert_array_equal, again, weights)
+    assert figures(tmp_path) == figures(undisturbed)
+    assert [row["step"] for row in figures(tmp_path)] == list(range(STEPS))
+
+
+def test_it_goes_on_with_other_devices_and_layouts(tmp_path: Path, weights: dict):
+    assert train(tmp_path, (1, 8, 1), stop_after=3) == {}
+    assert train(tmp_path, (1, 1, 1), stop_after=2) == {}
+    other = train(tmp_path, (1, 2, 2))
+    for got, wanted in zip(*map(jax.tree.leaves, (other, weights)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_minutes_alone_save_too(tmp_path: Path, monkeypatch):
+    often = CONFIG.train.model_copy(update={"checkpoint_every": (100, 1e-6)})
+    monkeypatch.setitem(train.__globals__, "CONFIG", CONFIG.model_copy(update={"train": often}))
+    assert train(tmp_path, (1, 1, 1), stop_after=5) == {}
+    assert saved(tmp_path) == ["5", "6"]
