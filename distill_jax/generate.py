@@ -215,19 +215,20 @@ def plan_slots(
         slots = CPU_SLOTS // engine.desks
     else:
         # What is free varies a little from exam to exam, and programs must not.
-        fit = min(MOST_SLOTS, free // slot_bytes(engine, prompts))
+        sizes = {"dtype": engine.dtype, "shards": engine.page_shards}
+        fit = min(MOST_SLOTS, free // slot_bytes(engine.config, prompts, **sizes))
         slots = next((size for size in range(fit, 0, -1) if padded_length(size) == size), 1)
     slots = min(slots, -(-num_owed // engine.desks))
     return max(1, -(-slots // LEAST)) * LEAST
 
 
-def slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
+def slot_bytes(
+    config: ModelConfig, prompts: Sequence[Prompt], *, dtype: np.dtype, shards: int
+) -> int:
     """What a slot needs on each device at most: pages of its row, its part of prompts, logits."""
-    config = engine.config
     own = max(row.limit for prompt in prompts for row in prompt.rows) + 2 * PAGE
     prompt = (max(len(prompt.tokens) for prompt in prompts) + PAGE) * 3 // len(prompts[0].rows)
-    token = 2 * config.layers * config.kv_heads * config.head_dim * engine.dtype.itemsize
-    token = -(-token // engine.page_shards)
+    token = -(-2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize // shards)
     return (own + prompt) * token + 4 * 4 * config.padded_vocab
 
 

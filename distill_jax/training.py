@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from distill_jax import packing, plain_packing
 from distill_jax.batches import Course, Rows
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
+from distill_jax.chips import find_chip
 from distill_jax.config import Config
 from distill_jax.packing import make_grid
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
 from distill_jax.student.architecture import EncoderDecoderConfig
-from distill_jax.student.flops import peak_flops, step_flops
+from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.objective import Objective
 from distill_jax.student.step import (
@@ -91,8 +92,8 @@ def train_round(
         compute_dtype=jnp.dtype(config.student.compute_dtype),
         remat=train.remat,
     )
-    total, kind = len(course), mesh.devices.flat[0].device_kind
-    peak = mesh.size * (peak_flops(kind) or 0.0)
+    total, chip = len(course), find_chip(mesh.devices.flat[0].device_kind)
+    peak = mesh.size * chip.flops if chip else 0.0
     with TrainingCheckpoints(folder / "training") as checkpoints:
         state = checkpoints.restore(abstract(state)) or state
         done = int(state.step)

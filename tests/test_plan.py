@@ -10,7 +10,7 @@ from fault_server import Behaviour, Call, Says, chat, choice, fault_server
 from paid_lesson import QUICK
 
 from distill_jax.config import Config, parse_config
-from distill_jax.plan import plan_lines, plan_teacher
+from distill_jax.plan.teacher import plan_lines, plan_teacher
 from distill_jax.questions import load_questions
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger

@@ -6,7 +6,7 @@ Letters: B rows.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,14 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
     """A fresh state around `params`, and its shardings: moments lie where their weights lie."""
+    shardings = lay_state(params, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return TrainState(step, params, opt_state), shardings  # pyright: ignore
+
+
+def lay_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The shardings of a state around `params`, which may be shapes with shardings alone."""
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_shardings = optax.tree.map_params(
@@ -192,10 +200,7 @@ def init_state(
         param_shardings,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
-    shardings = TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
-    return TrainState(step, params, opt_state), shardings  # pyright: ignore
+    return TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -204,9 +209,13 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """The batch on the devices: each line on its own, counts everywhere."""
+    """The batch on the devices, as `lay_batch` says."""
+    return jax.device_put(batch, lay_batch(batch, mesh))
+
+
+def lay_batch(batch: AnyBatch, mesh: Mesh) -> Any:
+    """The shardings of a batch: each line on its own, counts everywhere."""
     lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
     everywhere = NamedSharding(mesh, PartitionSpec())
     layout = jax.tree.map(lambda _: lines, batch)
-    counts = jax.tree.map(lambda _: everywhere, batch.counts)
-    return jax.device_put(batch, layout._replace(counts=counts))
+    return layout._replace(counts=jax.tree.map(lambda _: everywhere, batch.counts))
