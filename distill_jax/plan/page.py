@@ -8,7 +8,7 @@ from distill_jax.config import Config
 from distill_jax.layouts import num_weights
 from distill_jax.plan.fit import Compiled, Fit, Student
 from distill_jax.plan.teacher import TeacherPlan, plan_json, plan_lines
-from distill_jax.plan.topology import Program
+from distill_jax.plan.topology import Exchange, Program
 from distill_jax.student.model import abstract_params
 
 GB, TERA = 1e9, 1e12
@@ -25,7 +25,7 @@ def page_json(
     page["hardware"] = [
         {**asdict(each), "fits": each.fits, "layout": str(each.layout)} for each in fits
     ]
-    page["topologies"] = [_compiled_json(each) for each in compiled]
+    page["topologies"] = [compiled_json(each) for each in compiled]
     return page
 
 
@@ -33,7 +33,8 @@ def _num_weights(student: Student) -> int:
     return num_weights(abstract_params(student.model))
 
 
-def _compiled_json(each: Compiled) -> dict[str, Any]:
+def compiled_json(each: Compiled) -> dict[str, Any]:
+    """What the compiler made, as numbers and short texts."""
     programs = {"step": each.step, "answers": each.answers}
     return {
         "name": each.name,
@@ -57,7 +58,7 @@ def _program_json(program: Program) -> dict[str, Any]:
         "temporary_bytes": program.temporary,
         "flops": program.work.flops,
         "moved_bytes": program.work.bytes,
-        "sent_bytes": program.work.sent(),
+        "exchanges": [asdict(each) for each in program.exchanges],
         "seconds": program.seconds,
         "roofline_seconds": program.roofline,
         "in_turn_seconds": program.in_turn,
@@ -138,18 +139,23 @@ def _compiled_lines(each: Compiled) -> list[str]:
 
 def _program_lines(title: str, program: Program, available: float) -> list[str]:
     work = program.work
-    sent = ", ".join(f"{kind} {size / GB:,.3f}" for kind, size in sorted(work.sent().items()))
     seconds = ", ".join(f"{part} {1e3 * value:,.2f}" for part, value in program.seconds.items())
     total = program.held + program.temporary
     return [
         f"  {title}, on each chip:",
         f"    memory, GB: {program.held / GB:,.2f} held, {program.temporary / GB:,.2f} temporary; "
         f"{total / GB:,.2f} of {available / GB:,.2f}",
-        f"    {work.flops / TERA:,.3f} TFLOP, {work.bytes / GB:,.2f} GB moved; "
-        f"GB sent: {sent or 'none'}",
+        f"    {work.flops / TERA:,.3f} TFLOP, {work.bytes / GB:,.2f} GB moved",
+        *(f"    {_exchange(each)}" for each in sorted(program.exchanges, key=lambda x: -x.bytes)),
         f"    ms: {seconds}; {1e3 * program.roofline:,.2f} if all overlap, "
         f"{1e3 * program.in_turn:,.2f} if none",
     ]
+
+
+def _exchange(each: Exchange) -> str:
+    where = "the network" if each.crosses else "links"
+    size, milliseconds = f"{each.bytes / GB:,.3f} GB", f"{1e3 * each.seconds:,.2f} ms"
+    return f"{each.kind} along {each.axes or 'nothing'}: {size} sent over {where}, {milliseconds}"
 
 
 def _range(low: float, high: float, *, percent: bool = False) -> str:

@@ -109,13 +109,6 @@ class Work:
     bytes: float  # to and from its main memory
     collectives: tuple[Collective, ...]
 
-    def sent(self) -> dict[str, float]:
-        """Bytes that a device sends, by kind of collective."""
-        found: dict[str, float] = {}
-        for each in self.collectives:
-            found[each.kind] = found.get(each.kind, 0.0) + each.bytes * each.times
-        return found
-
 
 def read_work(text: str) -> Work:
     """Counts what a compiled program does on each device.

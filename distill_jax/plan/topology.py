@@ -30,7 +30,7 @@ from distill_jax.slots import Seating
 from distill_jax.student import lora
 from distill_jax.student.model import ModelConfig, abstract_params, logical_axes
 from distill_jax.student.sampling import Sampling
-from distill_jax.student.sharding import TRAIN_RULES, count_slices, shardings
+from distill_jax.student.sharding import AXES, TRAIN_RULES, count_slices, shardings
 from distill_jax.student.step import (
     TrainState,
     lay_batch,
@@ -87,6 +87,25 @@ class Topology:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """What a device sends in one call of a program, of one kind.
+
+    Attributes:
+      kind: Of the collectives.
+      axes: Of the mesh, along which the devices lie that exchange.
+      crosses: Whether over the network between slices.
+      bytes: In all.
+      seconds: At the rates of the data sheet.
+    """
+
+    kind: str
+    axes: str
+    crosses: bool
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Program:
     """One compiled program.
 
@@ -94,6 +113,7 @@ class Program:
       held: Bytes of a device for what goes in and comes out.
       temporary: Bytes for what lives in between.
       work: What each device does.
+      exchanges: Of `work`, what is sent.
       seconds: By what takes them: `products`, `memory`, `links` between devices of a slice, and the
         `network` between slices, each at the rates of the data sheet.
     """
@@ -101,6 +121,7 @@ class Program:
     held: float
     temporary: float
     work: Work
+    exchanges: tuple[Exchange, ...]
     seconds: dict[str, float]
 
     @property
@@ -148,9 +169,7 @@ def find_topology(name: str) -> Topology:
 
 def count_chips(shape: str) -> int:
     """The chips of a slice, such as `4x4` or `v5e:4x4`."""
-    return math.prod(
-        map(int, shape.partition(":")[2].split("x") if ":" in shape else shape.split("x"))
-    )
+    return math.prod(map(int, shape.rpartition(":")[2].partition("*")[0].split("x")))
 
 
 def larger(name: str) -> Iterator[str]:
@@ -272,11 +291,13 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
     assert sizes is not None and text is not None, "TPU compilers say both"
     work = read_work(text)
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    exchanges = _exchanges(work, topology.chip, mesh)
     return Program(
         held=sizes.argument_size_in_bytes + new,
         temporary=sizes.temp_size_in_bytes,
         work=work,
-        seconds=_seconds(work, topology.chip, mesh.devices.ravel().tolist()),
+        exchanges=exchanges,
+        seconds=_seconds(work, topology.chip, exchanges),
     )
 
 
@@ -284,21 +305,38 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * 1024 ** ("KMGT".index(unit) + 1)
 
 
-def _seconds(work: Work, chip: Chip, devices: Sequence[Any]) -> dict[str, float]:
-    """How long each part takes by itself."""
-    found = {"products": work.flops / chip.flops, "memory": work.bytes / chip.bandwidth}
-    found |= {"links": 0.0, "network": 0.0}
+def _exchanges(work: Work, chip: Chip, mesh: Mesh) -> tuple[Exchange, ...]:
+    """What a device sends, put together by kind, axes and network."""
+    found: dict[tuple[str, str, bool], Exchange] = {}
     for each in work.collectives:
-        group = [devices[place] for place in each.group]
-        crosses = count_slices(group) > 1
-        rate = chip.network if crosses else chip.links * _links(each, group, chip)
-        found["network" if crosses else "links"] += each.bytes * each.times / rate
-    return found
+        devices = [mesh.devices.flat[place] for place in each.group]
+        crosses = count_slices(devices) > 1
+        places = np.unravel_index(each.group, mesh.devices.shape)
+        axes = "+".join(
+            name for name, at in zip(AXES, places, strict=True) if len(set(at.tolist())) > 1
+        )
+        rate = chip.network if crosses else chip.links * _links(each, devices, chip)
+        size = each.bytes * each.times
+        before = found.get((each.kind, axes, crosses), Exchange(each.kind, axes, crosses, 0.0, 0.0))
+        found[each.kind, axes, crosses] = replace(
+            before, bytes=before.bytes + size, seconds=before.seconds + size / rate
+        )
+    return tuple(found.values())
 
 
-def _links(each: Collective, group: Sequence[Any], chip: Chip) -> float:
+def _seconds(work: Work, chip: Chip, exchanges: Sequence[Exchange]) -> dict[str, float]:
+    """How long each part takes by itself."""
+    return {
+        "products": work.flops / chip.flops,
+        "memory": work.bytes / chip.bandwidth,
+        "links": sum(each.seconds for each in exchanges if not each.crosses),
+        "network": sum(each.seconds for each in exchanges if each.crosses),
+    }
+
+
+def _links(each: Collective, devices: Sequence[Any], chip: Chip) -> float:
     """The share of its links that a device uses: those along the dims in which the group lies."""
     if each.kind == "collective-permute":  # one neighbour gets something, in one dim
         return 1 / chip.torus
-    dims = sum(len(set(places)) > 1 for places in zip(*(x.coords for x in group), strict=True))
+    dims = sum(len(set(places)) > 1 for places in zip(*(x.coords for x in devices), strict=True))
     return max(dims, 1) / chip.torus
