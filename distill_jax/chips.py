@@ -28,7 +28,7 @@ class Chip:
     network: float
 
 
-_GIB = 2**30
+_GIB = 2.0**30
 
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 32 * _GIB, 1.2e12, 300e9, 3, 6.25e9),

@@ -97,7 +97,7 @@ def choose_layout(
         )
     num_bytes = state_bytes(model)
 
-    def cost(axes: Axes) -> tuple[float, ...]:
+    def cost(axes: Axes) -> tuple[float | int, ...]:
         data, fsdp, tensor = axes
         uneven = tensor > 1 and bool(model.heads % tensor or model.mlp_width % tensor)
         uneven += bool(model.width % fsdp)
@@ -121,7 +121,7 @@ def _grids(wanted: Axes, devices: int, slices: int) -> Iterator[Axes]:
                 yield data, fsdp, tensor
 
 
-def _reason(axes: Axes, num_bytes: float, rows: int, slices: int, memory: float | None) -> str:
+def _reason(axes: Axes, num_bytes: int, rows: int, slices: int, memory: float | None) -> str:
     data, fsdp, tensor = axes
     parts = [f"weights, moments and gradients take {num_bytes / (fsdp * tensor) / 1e9:,.2f} GB"]
     if memory is not None:
@@ -138,7 +138,7 @@ def _reason(axes: Axes, num_bytes: float, rows: int, slices: int, memory: float 
     return "; ".join(parts) + "."
 
 
-def state_bytes(model: ModelConfig) -> float:
+def state_bytes(model: ModelConfig) -> int:
     """Bytes of weights, moments and gradients, all devices together."""
     params = abstract_params(model)
     trained = lora.split(params)[0] if model.lora else params

@@ -118,7 +118,7 @@ def count_exam_memory(
     most = -(-config.exam.slots // desks) or MOST_SLOTS
     free = int(ROOM * (chip.memory - num_bytes / tensor))
     rows = max(LEAST, min(most, free // each, -(-texts.train * share // desks)) // LEAST * LEAST)
-    return ExamMemory(tensor, rows, num_bytes / tensor, rows * each)
+    return ExamMemory(tensor, rows, num_bytes / tensor, float(rows * each))
 
 
 def make_prompts(config: Config, texts: Texts) -> list[Prompt]:
@@ -153,11 +153,14 @@ def _kept_bytes(config: Config, model: ModelConfig, line: Any) -> float:
         run = partial(run_blocks, model, compute_dtype=dtype, **settings)
         states = partial(tree_states, model, run=run)
 
-    def loss(params: Any) -> jax.Array:
+    def loss(params: Any, line: Any) -> jax.Array:
         sums = losses(model, params, line, objective, states=states)
         return sums.lm + sums.reflection
 
-    traced = jax.make_jaxpr(lambda params: jax.vjp(loss, params)[1])(abstract_params(model)).jaxpr
+    def pull(params: Any, line: Any) -> Any:
+        return jax.vjp(lambda params: loss(params, line), params)[1]
+
+    traced = jax.make_jaxpr(pull)(abstract_params(model), line).jaxpr
     given = {*map(id, traced.invars), *map(id, traced.constvars)}
     kept = {id(x): x.aval for x in traced.outvars if id(x) not in given}
     return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in kept.values()))

@@ -125,11 +125,12 @@ def read_work(text: str) -> Work:
             for place, inner in _inside(program, computation, line):
                 flops += times * _product_flops(place, inner)
                 exchange = _collective(place, inner, times)
-                channel = re.search(r"channel_id=(\d+)", inner.text)
-                if exchange is None or (channel and channel[0] in seen):
-                    continue  # one that runs beside others is written once for each of them
-                seen |= {channel[0]} if channel else set()
-                collectives.append(exchange)
+                channel = re.search(r"channel_id=\d+", inner.text)
+                name = f"{inner.opcode} {channel[0] if channel else inner.name}"
+                if exchange is not None and name not in seen:
+                    # One that runs beside other work is written into each part of that work.
+                    collectives.append(exchange)
+                    seen.add(name)
             moved += times * _moved_bytes(program, computation, line)
     return Work(flops, moved, tuple(collectives))
 
@@ -180,7 +181,10 @@ def _executed(
     for line in computation.lines.values():
         if line.opcode == "while":
             body = line.called("body")
-            trips = _trips(program[line.called("condition")], program[body])
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.text)
+            trips = (
+                int(known[1]) if known else _trips(program[line.called("condition")], program[body])
+            )
             yield from _executed(program, body, times * trips)
         elif line.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", line.text)
@@ -268,9 +272,7 @@ def _collective(computation: Computation, line: Instruction, times: int) -> Coll
     if kind not in COLLECTIVES:
         return None
     group = _group(line.text)
-    size = sum(array.bytes for array in line.arrays)
-    if line.opcode.endswith("-start") and kind != "all-reduce":  # gives operand and result
-        size = line.arrays[0 if kind == "collective-permute" else 1].bytes
+    size = _received(line)
     count = len(group)
     part = (count - 1) / count
     sent = {
@@ -283,27 +285,41 @@ def _collective(computation: Computation, line: Instruction, times: int) -> Coll
     return Collective(kind, sent[kind], group, times)
 
 
+def _received(line: Instruction, *, far: bool = False) -> float:
+    """Bytes of what a collective gives; in main memory, if `far`."""
+    arrays = line.arrays
+    if line.opcode in ("all-gather-start", "collective-permute-start"):  # the operand comes first
+        arrays = arrays[1:2]
+    return sum(array.far_bytes if far else array.bytes for array in arrays)
+
+
 def _group(text: str) -> tuple[int, ...]:
     """The first of the groups that exchange, in any of the ways that they are written."""
     pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    named = re.search(r"replica_groups=\S*mesh\[([^\]]*)\] ?\{([^}]*)\}", text)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^}]*)\}", text)
     if pair:
         return int(pair[1]), int(pair[2])
     if listed:
         return _numbers(listed[1])
     if counted:
-        sizes = _numbers(counted[3])
-        grid = np.arange(math.prod(sizes)).reshape(sizes)
-        grid = grid.transpose(_numbers(counted[4])) if counted[4] else grid
-        return tuple(grid.reshape(-1, int(counted[2]))[0].tolist())
+        return tuple(_places(counted[3], counted[4]).reshape(-1, int(counted[2]))[0].tolist())
     assert named is not None, f"a collective names its groups: {text[:200]}"
-    axes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-    used = re.findall(r"'([^']+)'", named[2])
-    grid = np.arange(math.prod(map(int, axes.values()))).reshape([*map(int, axes.values())])
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    used = re.findall(r"'([^']+)'", named[3])
+    order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", named[2])
+    places = _places(order[1], order[2]) if order else np.arange(math.prod(axes.values()))
+    grid = places.reshape([*axes.values()])
     index = tuple(slice(None) if axis in used else 0 for axis in axes)
     return tuple(grid[index].ravel().tolist())
+
+
+def _places(sizes: str, order: str | None) -> np.ndarray:
+    """Consecutive numbers in a grid whose dims are put in another order."""
+    shape = _numbers(sizes)
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return grid.transpose(_numbers(order)) if order else grid
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -319,6 +335,8 @@ def _moved_bytes(
     sources = [computation.lines[name] for name in line.operands if name in computation.lines]
     if line.opcode in ("slice-start", "dynamic-slice", "slice", "gather"):
         return 2.0 * line.arrays[0].far_bytes or min(map(_far, sources), default=0.0)
+    if line.opcode.removesuffix("-start") in COLLECTIVES:
+        return sum(map(_far, sources)) + _received(line, far=True)
     if line.opcode == "copy-start":
         return sum(map(_far, sources)) + line.arrays[0].far_bytes
     fused = program.get(line.called("calls")) if line.opcode == "fusion" else None

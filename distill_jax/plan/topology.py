@@ -293,8 +293,8 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     exchanges = _exchanges(work, topology.chip, mesh)
     return Program(
-        held=sizes.argument_size_in_bytes + new,
-        temporary=sizes.temp_size_in_bytes,
+        held=float(sizes.argument_size_in_bytes + new),
+        temporary=float(sizes.temp_size_in_bytes),
         work=work,
         exchanges=exchanges,
         seconds=_seconds(work, topology.chip, exchanges),
