@@ -159,7 +159,9 @@ def find_topology(name: str) -> Topology:
         raise ConfigError(
             "--topology compiles for TPUs and needs libtpu: pip install 'distill_jax[tpu]'."
         )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU host to ask
+    # There is no TPU here: nobody to ask about it, and nothing that two processes could fight for.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     slices = {"num_slices": int(found[3])} if found[3] not in (None, "1") else {}
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{kind}:{found[2]}", **slices
