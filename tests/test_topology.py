@@ -41,6 +41,19 @@ def test_larger_slices_of_a_kind():
     assert count_chips("v5p:4x4x8") == 128 and count_chips("v5e:16x16*4") == 256
 
 
+WIDE = ModelConfig(  # nearly nothing is padded on a TPU
+    vocab_size=1024,
+    width=512,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=128,
+    mlp_width=1024,
+    max_positions=256,
+    tied_head=True,
+)
+
+
 def student(model: ModelConfig, settings) -> Student:
     return Student(model, TEXTS, count_round(settings, model, TEXTS))
 
@@ -48,10 +61,10 @@ def student(model: ModelConfig, settings) -> Student:
 @needs_libtpu
 def test_the_real_step_is_compiled():
     settings = config(mesh={"data": 1, "fsdp": 4, "tensor": 1})
-    compiled = compile_programs(settings, student(MODEL, settings), "v5e:2x2", answers=True)
-    matrices = num_weights(abstract_params(MODEL)) - 7 * 32
-    held = 12 * (matrices / 4 + 7 * 32)  # weights and moments; gradients live in between
-    assert held <= compiled.step.held <= 2.5 * held, "TPUs pad small arrays"
+    compiled = compile_programs(settings, student(WIDE, settings), "v5e:2x2", answers=True)
+    matrices = num_weights(abstract_params(WIDE)) - 7 * 512
+    held = 12 * (matrices / 4 + 7 * 512)  # weights and moments; gradients live in between
+    assert held <= compiled.step.held <= 1.1 * held
     assert compiled.devices == 4 and compiled.layout.axes == (1, 4, 1)
     useful = compiled.useful_flops / 4
     assert useful <= compiled.step.work.flops <= 3 * useful, "padding is computed too"

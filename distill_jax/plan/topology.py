@@ -59,6 +59,10 @@ SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES}
 """Slices that are sold, small ones first."""
 
 
+_USED = r"([\d.]+)([KMGT])\)?(?: of | exceeds available HBM \()([\d.]+)([KMGT])"
+"""How the compiler says what a program needs and what there is."""
+
+
 class DoesNotFit(RuntimeError):
     """The compiler found no room for a program; says how much it needs of how much."""
 
@@ -162,9 +166,11 @@ def find_topology(name: str) -> Topology:
     # There is no TPU here: nobody to ask about it, and nothing that two processes could fight for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    slices = {"num_slices": int(found[3])} if found[3] not in (None, "1") else {}
+    options: dict[str, Any] = {"num_slices": int(found[3])} if found[3] not in (None, "1") else {}
+    if count_chips(found[2]) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     described = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{kind}:{found[2]}", **slices
+        platform="tpu", topology_name=f"{kind}:{found[2]}", **options
     )
     return Topology(name.lower(), CHIPS[kind], tuple(described.devices))
 
@@ -285,7 +291,7 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        used = re.search(_USED, str(error))
         if used is None:
             raise
         raise DoesNotFit(name, _bytes(used[1], used[2]), _bytes(used[3], used[4])) from None
