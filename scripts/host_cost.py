@@ -118,8 +118,8 @@ def seat_exam(folder: Path, questions: int, samples: int) -> int:
         rows = DESKS * seating.sizes.slots
         tokens = np.zeros((rows, CALL), np.int32)
         stopped = draw.random(rows) < CALL / ANSWER
-        chosen: Any = Chosen(tokens, np.full(rows, CALL, np.int32), stopped)
-        done += sum(len(prompt.rows) for prompt in seating.take(chosen))
+        arrays: Any = (tokens, np.full(rows, CALL, np.int32), stopped)
+        done += sum(len(prompt.rows) for prompt in seating.take(Chosen(*arrays)))
     return done
 
 
