@@ -6,6 +6,7 @@ Messages go to stderr, results to stdout. Exit codes: 0 done, 1 a bug, 2 wrong u
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum

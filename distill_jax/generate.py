@@ -215,17 +215,21 @@ def plan_slots(
         slots = CPU_SLOTS // engine.desks
     else:
         # What is free varies a little from exam to exam, and programs must not.
-        sizes = {"dtype": engine.dtype, "shards": engine.page_shards}
-        fit = min(MOST_SLOTS, free // slot_bytes(engine.config, prompts, **sizes))
+        fit = min(MOST_SLOTS, free // slot_bytes(engine, prompts))
         slots = next((size for size in range(fit, 0, -1) if padded_length(size) == size), 1)
     slots = min(slots, -(-num_owed // engine.desks))
     return max(1, -(-slots // LEAST)) * LEAST
 
 
-def slot_bytes(
+def slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
+    """What a slot needs on each device at most: pages of its row, its part of prompts, logits."""
+    return row_bytes(engine.config, prompts, dtype=engine.dtype, shards=engine.page_shards)
+
+
+def row_bytes(
     config: ModelConfig, prompts: Sequence[Prompt], *, dtype: np.dtype, shards: int
 ) -> int:
-    """What a slot needs on each device at most: pages of its row, its part of prompts, logits."""
+    """The same without programs, for pages that lie on so many devices."""
     own = max(row.limit for prompt in prompts for row in prompt.rows) + 2 * PAGE
     prompt = (max(len(prompt.tokens) for prompt in prompts) + PAGE) * 3 // len(prompts[0].rows)
     token = -(-2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize // shards)

@@ -185,7 +185,7 @@ def pack_batches(folder: Path, questions: int, samples: int) -> int:
         read_records(folder / "exam.jsonl", Attempt),
         {question.id: question for question in _questions(folder)},
         tokenizer=_tokenizer(),
-        prompt=lambda question: exam_prompt(question, demonstrations=""),
+        prompts={"rationale": lambda question: exam_prompt(question, demonstrations="")},
         max_length=2048,
         seed=0,
     )

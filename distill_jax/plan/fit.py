@@ -11,6 +11,7 @@ from distill_jax.plan import topology
 from distill_jax.plan.memory import ExamMemory, Memory, count_exam_memory, count_memory
 from distill_jax.plan.topology import DoesNotFit, Program, Topology
 from distill_jax.plan.work import Round, Texts, count_round, read_student, read_texts
+from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig
 
@@ -62,8 +63,9 @@ def plan_student(config: Config) -> Student:
     Raises:
       ValueError: the student or the questions are not here.
     """
-    model, tokenizer = read_student(config)
-    texts = read_texts(config, tokenizer)
+    questions = load_questions(config.task, seed=config.seed, data_dir=default_data_dir())
+    model, tokenizer = read_student(config, questions)
+    texts = read_texts(config, questions, tokenizer)
     return Student(model, texts, count_round(config, model, texts))
 
 

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh
 
 from distill_jax.chips import Chip
 from distill_jax.config import Config
-from distill_jax.engine import exam_tensor
-from distill_jax.generate import MOST_SLOTS, slot_bytes
+from distill_jax.engine import count_page_shards, exam_tensor
+from distill_jax.generate import MOST_SLOTS, row_bytes
 from distill_jax.layouts import Axes, num_weights
 from distill_jax.plan.work import LONGEST, Texts, make_batch
 from distill_jax.slots import LEAST, Prompt, Row
@@ -113,7 +113,7 @@ def count_exam_memory(
     num_bytes = num_weights(abstract_params(replace(model, lora=None))) * dtype.itemsize
     tensor = exam_tensor(devices, num_bytes, int(chip.memory))
     prompts = make_prompts(config, texts)
-    each = slot_bytes(model, prompts, dtype=dtype, tensor=tensor)
+    each = row_bytes(model, prompts, dtype=dtype, shards=count_page_shards(model, tensor))
     desks = devices // tensor
     most = -(-config.exam.slots // desks) or MOST_SLOTS
     free = int(ROOM * (chip.memory - num_bytes / tensor))

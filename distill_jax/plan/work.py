@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_jax import packing, plain_packing, scratch, weights
-from distill_jax.config import SCRATCH, Config, ConfigError
+from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
 from distill_jax.packing import Item, make_grid
-from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.school import add_adapters, exam_prompt
+from distill_jax.records import Question
+from distill_jax.school import add_adapters
 from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.flops import forward_flops, step_flops
 from distill_jax.student.model import ModelConfig
 from distill_jax.student.plain import AnyBatch
+from distill_jax.teaching import exam_prompt
 from distill_jax.tokenizer import Tokenizer, common_length, load_tokenizer
 from distill_jax.training import make_objective
 
@@ -49,14 +50,21 @@ class Texts:
     measured: bool
 
 
-def read_student(config: Config) -> tuple[ModelConfig, Tokenizer | None]:
+def read_student(
+    config: Config, questions: Sequence[Question]
+) -> tuple[ModelConfig, Tokenizer | None]:
     """What the student looks like, and its tokenizer if there is one. Reads no weights.
 
     Raises:
       ValueError: there is no such model here, or none that is known.
     """
+    if config.student.model == TEACHER:
+        raise weights.WeightsError(
+            "student.model=teacher: the teacher sits the exams, nobody else."
+        )
     if config.student.model == SCRATCH:
-        return scratch.model_of(config), Tokenizer(scratch.make_tokenizer())
+        model, published = scratch.describe(config, questions)
+        return model, Tokenizer(published)
     base = weights.find_model(config.student.model)
     model = add_adapters(config, weights.read_shape(base))
     if not (base / "tokenizer.json").is_file():
@@ -65,13 +73,12 @@ def read_student(config: Config) -> tuple[ModelConfig, Tokenizer | None]:
     return model, load_tokenizer(str(base), ends_prompts=ends)
 
 
-def read_texts(config: Config, tokenizer: Tokenizer | None) -> Texts:
+def read_texts(config: Config, questions: Sequence[Question], tokenizer: Tokenizer | None) -> Texts:
     """Measures the prompts of the training questions.
 
     Raises:
-      ConfigError: the questions can't be read, or none is for training.
+      ConfigError: none of the questions is for training.
     """
-    questions = load_questions(config.task, seed=config.seed, data_dir=default_data_dir())
     train = [question for question in questions if question.split == "train"]
     if not train:
         raise ConfigError(f"task.name={config.task.name} has no training questions to teach.")
