@@ -5,6 +5,7 @@ Messages go to stderr, results to stdout. Exit codes: 0 done, 1 a bug, 2 wrong u
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -225,16 +226,46 @@ def report(
 def plan(
     config: Annotated[Path, typer.Argument(help="A config, such as configs/quickstart.yaml.")],
     overrides: Overrides = None,
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="Counts for a chip, and how many, such as h100:8.")
+    ] = None,
+    topologies: Annotated[
+        list[str] | None,
+        typer.Option("--topology", help="Compiles for a TPU slice, such as v5e:4x4; needs libtpu."),
+    ] = None,
+    answers: Annotated[bool, typer.Option(help="Compile the program of exams too.")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Before anything is spent: requests, tokens and dollars; low, expected and upper bound."""
+    """Before anything is spent: requests, dollars, tokens, memory and time; does it fit?
+
+    Reads the student's config.json and tokenizer, never its weights.
+    """
     from distill_jax.config_file import load_config
 
     settings = load_config(config, overrides or [])
-    from distill_jax.plan import plan_json, plan_lines, plan_teacher
+    # Whatever the programs are compiled for, nothing here touches a device.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from distill_jax.plan.fit import compile_programs, fit, plan_student
+    from distill_jax.plan.page import page_json, page_lines
+    from distill_jax.plan.teacher import plan_teacher
+    from distill_jax.weights import WeightsError
 
-    teacher = plan_teacher(settings)
-    _show(plan_json(teacher), as_json, lambda: print("\n".join(plan_lines(settings, teacher))))
+    teacher, student = plan_teacher(settings), None
+    fits, compiled = [], []
+    try:
+        student = plan_student(settings)
+        fits = [fit(settings, student, name) for name in hardware or []]
+        compiled = [
+            compile_programs(settings, student, name, answers=answers) for name in topologies or []
+        ]
+    except WeightsError as error:
+        if hardware or topologies:
+            raise
+        print(f"nothing is known of the student: {error}", file=sys.stderr)
+    everything = (teacher, student, fits, compiled)
+    _show(
+        page_json(*everything), as_json, lambda: print("\n".join(page_lines(settings, *everything)))
+    )
 
 
 @app.command()

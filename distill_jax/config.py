@@ -152,11 +152,11 @@ class RoundsConfig(Section):
 
 
 class MeshConfig(Section):
-    """The device grid. One axis may be -1: all devices that the others leave."""
+    """The device grid. An axis of -1 is chosen for the student and the devices."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = -1  # copies of the weights; slices are told apart along this axis
+    fsdp: int = -1  # devices that one copy is spread over
+    tensor: int = -1  # devices that share each product
 
 
 class Config(Section):
@@ -208,10 +208,8 @@ def _impossible(config: Config) -> Iterator[str]:
         )
     if config.reflection.objective != "none" and not config.exam.samples:
         yield "reflection.objective needs mistakes to reflect on: set exam.samples to 1 or more."
-    if sum(size == -1 for size in (axes.data, axes.fsdp, axes.tensor)) > 1:
-        yield f"mesh lets one axis be -1 (all that is left); got {axes}."
     if any(size == 0 or size < -1 for size in (axes.data, axes.fsdp, axes.tensor)):
-        yield f"mesh axes are at least 1, or -1 for all that is left; got {axes}."
+        yield f"mesh axes are at least 1, or -1 to have them chosen; got {axes}."
     if not is_free(teacher.url) and teacher.price_usd is None:
         yield (
             f"teacher.price_usd is needed to keep teacher.budget_usd at {teacher.url}: "

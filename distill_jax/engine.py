@@ -6,7 +6,7 @@ score the tokens that may follow.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -73,16 +73,15 @@ class Engine:
         self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(compute_dtype)
         self.desks = math.prod(mesh.shape[axis] for axis in REPLICAS)
         self._sampling, self._last_position = sampling, config.max_positions - 1
-        self._stops = Stops(*_put(mesh, P(), (np.array(end_id, np.int32), newlines)))
-        tensor = mesh.shape["tensor"]
-        self.page_shards = tensor if config.kv_heads % tensor == 0 else 1
+        self._ends = (np.array(end_id, np.int32), newlines)
+        self.page_shards = count_page_shards(config, mesh.shape["tensor"])
         heads = "tensor" if self.page_shards > 1 else None
-        pages = NamedSharding(mesh, P(REPLICAS, heads))
+        pages = self._pages = NamedSharding(mesh, P(REPLICAS, heads))
+        self._shared = NamedSharding(mesh, P(None, heads))
         everywhere = NamedSharding(mesh, P())
-        apart = partial(lay_apart, config, self.dtype)
-        self.lay_out: Callable[[Params], Weights] = jax.jit(
-            apart, out_shardings=_layout(config, mesh)
-        )
+        self._layout = _layout(config, mesh)
+        self._apart = partial(lay_apart, config, self.dtype)
+        self.lay_out: Callable[[Params], Weights] = jax.jit(self._apart, out_shardings=self._layout)
         self._make = jax.jit(self._empty, static_argnums=0, out_shardings=pages)
         self._move = jax.jit(
             self._spread(decode.move_pages, BATCH, BATCH, out=BATCH), out_shardings=pages
@@ -99,6 +98,10 @@ class Engine:
             donate_argnums=3,
             out_shardings=(pages, everywhere),
         )
+
+    @cached_property
+    def _stops(self) -> Stops:
+        return Stops(*_put(self.mesh, P(), self._ends))
 
     def make_pools(self, sizes: Sizes) -> Pools:
         """Empty pages on every desk."""
@@ -159,6 +162,40 @@ class Engine:
         )
         # Fetched before anything else is sent: CPU meshes lock up on long queues.
         return pools._replace(own=own), jax.device_get(chosen)
+
+    def lower_advance(
+        self,
+        common: int,
+        sizes: Sizes,
+        rows: Sequence[np.ndarray],
+        enough: np.ndarray,
+        *,
+        share: int,
+    ) -> jax.stages.Lowered:
+        """The program of `advance` for arrays of these shapes, which need no devices.
+
+        Args:
+          common: Tokens that all prompts begin with.
+          sizes: Of each desk.
+          rows, enough, share: As in `advance`.
+        """
+        weights = _give(jax.eval_shape(self._apart, abstract_params(self.config)), self._layout)
+        shared: Shared = ()
+        if common:
+            shape = (1, padded_length(common))
+            tokens, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool_))
+            context = jax.eval_shape(self._trace_shared, weights, tokens, mask)
+            everywhere = NamedSharding(self.mesh, P())
+            shared = (
+                _give(context, everywhere)._replace(pages=_give(context.pages, self._shared)),
+            )
+        prompts, own = (
+            _give(jax.eval_shape(partial(self._empty, count)), self._pages) for count in sizes[1:]
+        )
+        lines = NamedSharding(self.mesh, BATCH)
+        rest = (Rows(*_give(list(rows), lines)), _give(enough, lines))
+        stops = Stops(*_give(self._ends, NamedSharding(self.mesh, P())))
+        return self._advance.lower(weights, shared, prompts, own, *rest, stops, share=share)
 
     def _forward(self, weights: Weights) -> decode.Forward:
         """Feeds rows their tokens. An encoder-decoder's look at their prompt and their own."""
@@ -321,14 +358,33 @@ def exam_mesh(mesh: Mesh, num_bytes: int, memory: int | None) -> Mesh:
       [1, 1, 2, 8]
     """
     devices = mesh.devices.size
+    tensor = exam_tensor(devices, num_bytes, memory)
+    grid = mesh.devices.reshape(devices // tensor, 1, tensor)
+    return Mesh(grid, AXES, axis_types=mesh.axis_types)
+
+
+def count_page_shards(config: ModelConfig, tensor: int) -> int:
+    """Devices that pages are spread over: those of the tensor axis, if each gets whole heads."""
+    return tensor if config.kv_heads % tensor == 0 else 1
+
+
+def exam_tensor(devices: int, num_bytes: int, memory: int | None) -> int:
+    """The length of that axis. Args as in `exam_mesh`."""
     fits = (
         size
         for size in range(1, devices + 1)
         if devices % size == 0 and (memory is None or 2 * num_bytes <= memory * size)
     )
-    tensor = next(fits, devices)
-    grid = mesh.devices.reshape(devices // tensor, 1, tensor)
-    return Mesh(grid, AXES, axis_types=mesh.axis_types)
+    return next(fits, devices)
+
+
+def _give(tree: Any, layout: Any) -> Any:
+    """The shapes of a tree with shardings: a tree of them, or one for all."""
+    if isinstance(layout, NamedSharding):
+        layout = jax.tree.map(lambda _: layout, tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, layout
+    )
 
 
 def _put(mesh: Mesh, spec: P, arrays: Sequence[np.ndarray]) -> list[jax.Array]:

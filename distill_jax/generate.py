@@ -223,11 +223,16 @@ def plan_slots(
 
 def slot_bytes(engine: Engine, prompts: Sequence[Prompt]) -> int:
     """What a slot needs on each device at most: pages of its row, its part of prompts, logits."""
-    config = engine.config
+    return row_bytes(engine.config, prompts, dtype=engine.dtype, shards=engine.page_shards)
+
+
+def row_bytes(
+    config: ModelConfig, prompts: Sequence[Prompt], *, dtype: np.dtype, shards: int
+) -> int:
+    """The same without programs, for pages that lie on so many devices."""
     own = max(row.limit for prompt in prompts for row in prompt.rows) + 2 * PAGE
     prompt = (max(len(prompt.tokens) for prompt in prompts) + PAGE) * 3 // len(prompts[0].rows)
-    token = 2 * config.layers * config.kv_heads * config.head_dim * engine.dtype.itemsize
-    token = -(-token // engine.page_shards)
+    token = -(-2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize // shards)
     return (own + prompt) * token + 4 * 4 * config.padded_vocab
 
 

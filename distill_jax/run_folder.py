@@ -156,15 +156,18 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_records(path: Path, kind: type[T]) -> list[T]:
     """The records of a finished stage."""
-    return [from_json(kind, row) for row in read_rows(path)]
+    return [from_json(kind, row) for row in _stream(path)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a stage, finished or not; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(_stream(path))
+
+
+def _stream(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 class Partial:

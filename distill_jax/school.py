@@ -16,6 +16,7 @@ from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
 from distill_jax.contamination import ExamTexts, Reason
 from distill_jax.exam import Sitting, passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
+from distill_jax.layouts import Layout, open_mesh
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
@@ -24,7 +25,7 @@ from distill_jax.run_folder import read_records, round_folder, write_records
 from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
-from distill_jax.student.sharding import TRAIN_RULES, make_mesh, shardings
+from distill_jax.student.sharding import TRAIN_RULES, shardings
 from distill_jax.teaching import exam_prompt, sit_exam
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -114,13 +115,21 @@ def open_weights(config: Config, folder: Path, base: Path, mesh: Mesh) -> Weight
     Raises:
       ConfigError: the student has no such matrices.
     """
-    student, model = config.student, weights.read_model_config(base)
-    if student.lora:
-        try:
-            model = replace(model, lora=Lora(**student.lora.model_dump()))
-        except ValueError as error:
-            raise ConfigError(f"student.lora.targets: {error}") from None
+    model = add_adapters(config, weights.read_model_config(base))
     return Weights(folder, base, model, mesh, seed=config.seed)
+
+
+def add_adapters(config: Config, model: ModelConfig) -> ModelConfig:
+    """The student with the adapters that its config asks for, if any.
+
+    Raises:
+      ConfigError: the student has no such matrices.
+    """
+    wanted = config.student.lora
+    try:
+        return replace(model, lora=Lora(**wanted.model_dump())) if wanted else model
+    except ValueError as error:
+        raise ConfigError(f"student.lora.targets: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -131,14 +140,15 @@ class Student:
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
+    layout: Layout
     weights: Weights
     generate: Generate
 
 
 def open_student(config: Config, base: Path, folder: Path) -> Student:
     """The student in `base`, whose later rounds lie in the run `folder`; reads no weights yet."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     model = weights.read_model_config(base)
+    mesh, layout = open_mesh(config, add_adapters(config, model))
     tokenizer = load_tokenizer(str(base), ends_prompts=isinstance(model, EncoderDecoderConfig))
     compute_dtype = jnp.dtype(config.student.compute_dtype)
     return Student(
@@ -146,6 +156,7 @@ def open_student(config: Config, base: Path, folder: Path) -> Student:
         model=model,
         tokenizer=tokenizer,
         mesh=mesh,
+        layout=layout,
         weights=open_weights(config, folder, base, mesh),
         generate=make_generate(
             model, tokenizer, mesh, exam=config.exam, compute_dtype=compute_dtype
@@ -199,6 +210,7 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
     student = None
     if config.student.model != TEACHER:
         student = open_student(config, _base_model(config, folder, questions, progress), folder)
+        progress.note(f"mesh {student.layout}")
     if processes.is_main():
         facts = _find_facts(config, folder, questions, found, student)
         run_folder.write_manifest(folder, facts)
@@ -265,7 +277,8 @@ def _base_model(
     path = round_folder(folder, 0) / "student"
     if not processes.tell("looking for the student", path.exists):
         everything = [question for rows in questions.values() for question in rows]
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        model, _ = scratch.describe(config, everything)
+        mesh, _ = open_mesh(config, model)
         with run_folder.timed(folder, 0, "pretrain"):
             scratch.make_student(config, path, questions=everything, mesh=mesh, progress=progress)
         processes.gather("writing the student", None)  # the first process has written it

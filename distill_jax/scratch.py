@@ -85,11 +85,9 @@ def make_student(
       ValueError: the width in `scratch` can't be cut into heads.
     """
     foreign = config.task.name != "arithmetic"
-    taught = [question for question in questions if foreign and question.split == "train"]
-    told = [question.text for question in taught]
-    tokenizer = make_tokenizer([*told, *(question.solution for question in taught)])
-    width, layers, steps = config.scratch
-    model = make_model(width, layers, len(tokenizer))
+    told = [question.text for question in questions if foreign and question.split == "train"]
+    model, tokenizer = describe(config, questions)
+    steps = config.scratch[2]
     random, max_value = Random(f"scratch text {config.seed}"), config.task.arithmetic[1]
     exam_texts = {question.text for question in questions}
     cards = draw_cards(random, max_value=max_value)
@@ -102,6 +100,26 @@ def make_student(
     batches = (pack(group, grid, shapes, shared=(), objective=OBJECTIVE) for group in items)
     params = _train(config, model, batches, mesh=mesh, progress=progress)
     weights.save_model(folder, model, params, Tokenizer(tokenizer), source=None)
+
+
+def describe(
+    config: Config, questions: Sequence[Question]
+) -> tuple[ModelConfig, PreTrainedTokenizerFast]:
+    """What the student that a config asks for looks like, and its tokenizer.
+
+    Args:
+      config: Its `scratch` and `task.name` are read.
+      questions: Of all splits; the tokenizer knows the words of those that are taught.
+
+    Raises:
+      ValueError: the width in `scratch` can't be cut into heads.
+    """
+    foreign = config.task.name != "arithmetic"
+    taught = [question for question in questions if foreign and question.split == "train"]
+    told = [question.text for question in taught]
+    tokenizer = make_tokenizer([*told, *(question.solution for question in taught)])
+    width, layers, _ = config.scratch
+    return make_model(width, layers, len(tokenizer)), tokenizer
 
 
 def make_model(width: int, layers: int, vocab_size: int) -> ModelConfig:

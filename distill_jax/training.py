@@ -17,6 +17,7 @@ from distill_jax import packing, plain_packing
 from distill_jax.ballot import Ballot
 from distill_jax.batches import Course, Rows
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
+from distill_jax.chips import find_chip
 from distill_jax.config import Config
 from distill_jax.interrupts import postponed
 from distill_jax.packing import make_grid
@@ -24,7 +25,7 @@ from distill_jax.processes import is_main
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
 from distill_jax.student.architecture import EncoderDecoderConfig
-from distill_jax.student.flops import peak_flops, step_flops
+from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig, Params
 from distill_jax.student.objective import Objective
 from distill_jax.student.step import (
@@ -223,7 +224,8 @@ class _Figures:
 
     def __init__(self, path: Path, round_index: int, mesh: Mesh):
         self._path, self._round = path, round_index
-        self._peak = mesh.size * (peak_flops(mesh.devices.flat[0].device_kind) or 0.0)
+        chip = find_chip(mesh.devices.flat[0].device_kind)
+        self._peak = mesh.size * chip.flops if chip else 0.0
         self._rows = Partial(path)
         self._waiting: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
         self._last = time.monotonic()

@@ -120,6 +120,11 @@ def read_model_config(directory: Path, *, pickled: bool = False) -> ModelConfig:
     return replace(config, tied_head=same)
 
 
+def read_shape(directory: Path) -> ModelConfig:
+    """What `config.json` alone says of a model: enough to plan with. Raises as above."""
+    return _read_config(directory)[1]
+
+
 def _read_config(directory: Path) -> tuple[Family, ModelConfig]:
     published = read_json(directory / "config.json")
     try:

@@ -33,7 +33,6 @@ def write(path: Path, values: dict) -> Path:
         ({"task": {"name": "gms8k"}}, "got 'gms8k'; did you mean gsm8k?"),
         ({"task": {"name": "arithmetic"}}, "task.num_train says how many arithmetic questions"),
         ({"train": {"microbatch_size": 5}}, "must divide train.batch_size (16); got 5."),
-        ({"mesh": {"data": -1, "fsdp": -1}}, "mesh lets one axis be -1"),
         ({"mesh": {"tensor": 0}}, "mesh axes are at least 1"),
         ({"exam": {"samples": 0}}, "set exam.samples to 1 or more"),
         ({"teacher": {"url": "https://api.example.com/v1"}}, "teacher.price_usd is needed"),

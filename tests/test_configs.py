@@ -9,7 +9,7 @@ import distill_jax
 from distill_jax import rounds, scratch
 from distill_jax.config import SCRATCH, SELF, TEACHER, Config, knobs
 from distill_jax.config_file import load_config
-from distill_jax.plan import plan_teacher
+from distill_jax.plan.teacher import plan_teacher
 from distill_jax.progress import Progress
 from distill_jax.questions import load_questions, prepare
 from distill_jax.report.page import write_page

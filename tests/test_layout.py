@@ -8,7 +8,7 @@ import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
-records config config_file endings processes numerals answers
+records chips config config_file endings processes numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions contamination
 prompts tokenizer
@@ -20,7 +20,7 @@ families.table families.fields families.llama families.mistral families.qwen2 fa
 families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj families.gpt_neox
 families.opt families.t5 families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
-weights adapters
+weights adapters layouts
 run_folder progress checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
@@ -30,7 +30,9 @@ packing plain_packing batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.style report.figures report.headline report.tables report.table_files
 report.published report.page
-ballot interrupts teaching syllabus training school plan rounds model_card exchange replay
+ballot interrupts teaching syllabus training school
+plan.teacher plan.work plan.memory plan.program plan.topology plan.fit plan.page
+rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
 analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
@@ -40,7 +42,7 @@ membership cluster shelter cli __main__
 """
 ORDER = PLAN.split()
 HOST_ONLY = {"os", "pathlib", "time", "logging", "random", "socket", "sqlite3", "httpx", "openai"}
-PACKAGES_ONLY = {"student", "teacher", "report", "analysis", ""}  # their __init__ holds a docstring
+PACKAGES_ONLY = {"student", "teacher", "report", "analysis", "plan", ""}  # holding a docstring
 
 
 def modules() -> dict[str, Path]:

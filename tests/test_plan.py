@@ -10,7 +10,7 @@ from fault_server import Behaviour, Call, Says, chat, choice, fault_server
 from paid_lesson import QUICK
 
 from distill_jax.config import Config, parse_config
-from distill_jax.plan import plan_lines, plan_teacher
+from distill_jax.plan.teacher import plan_lines, plan_teacher
 from distill_jax.questions import load_questions
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
@@ -96,7 +96,10 @@ def test_the_command(tmp_path: Path):
                                 "student": {"model": "m"}, "teacher": PAID}))  # fmt: skip
     words = [sys.executable, "-m", "distill_jax", "plan", str(path)]
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True)
-    teacher = json.loads(done.stdout)["teacher"]
+    assert "nothing is known of the student: m is not a directory here" in done.stderr
+    plan = json.loads(done.stdout)
+    teacher = plan["teacher"]
+    assert "student" not in plan and plan["hardware"] == plan["topologies"] == []
     assert teacher["num_questions"] == 16 and teacher["requests"]["low"] == 16
     assert teacher["usd"]["low"] < teacher["usd"]["expected"] < teacher["usd"]["upper"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)

@@ -1,39 +1,10 @@
-"""Arithmetic of the student: what a step costs, and what a device could do."""
+"""Arithmetic of the student: what a step costs."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.tree import Counts
-
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-"""Dense bfloat16 operations per second of a device, by how the name of its kind begins.
-
-Source: the makers' data sheets."""
-
-
-def peak_flops(kind: str) -> float | None:
-    """What one device could do at most; None for kinds whose figure is not published.
-
-    Example:
-      >>> peak_flops("NVIDIA H200"), peak_flops("cpu")
-      (989000000000000.0, None)
-    """
-    known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
 def block_weights(config: ModelConfig) -> int:

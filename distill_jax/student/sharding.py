@@ -1,11 +1,13 @@
 """The mesh, and the tables that lay logical axes of weights on its axes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -33,20 +35,25 @@ TRAIN_RULES: Mapping[str, str | None] = {**EXAM_RULES, "embed": "fsdp"}
 """The width of every matrix is spread over `fsdp`, so weights and moments are stored once."""
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """Arranges the devices as a grid with axes `data`, `fsdp` and `tensor`.
+def make_mesh(data: int, fsdp: int, tensor: int, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges devices as a grid with axes `data`, `fsdp` and `tensor`.
+
+    Devices of several slices, which only a slow network joins, are told apart along `data`: all of
+    `fsdp` and `tensor` stays within a slice.
 
     Args:
       data: Copies of the weights.
       fsdp: Devices that the weights of one copy are spread over, gathered when used.
       tensor: Devices that share one matrix product. At most one of the three is -1: all devices
         that the others leave.
+      devices: To be arranged; all there are if left out.
 
     Returns:
       A mesh with automatic axes: the compiler places what the rules leave open.
 
     Raises:
-      ValueError: the grid doesn't fit the devices, or leaves some unused on several hosts.
+      ValueError: the grid doesn't fit the devices or their slices, or leaves some unused on several
+        hosts.
 
     Example:
       >>> dict(make_mesh(1, -1, 1).shape)["fsdp"] == jax.device_count()
@@ -54,7 +61,8 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
-    available = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    available = len(devices)
     given = [size for size in sizes.values() if size != -1]
     known = math.prod(given)
     if len(given) < 2 or min(given) < 1:
@@ -66,23 +74,47 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh {asked} does not fit the {available} devices here; "
             "change mesh.data, mesh.fsdp or mesh.tensor."
         )
-    if total < available and jax.process_count() > 1:
+    if total < available and len({device.process_index for device in devices}) > 1:
         raise ValueError(
             f"mesh {asked} uses {total} of {available} devices; on several hosts it must use all."
         )
-    devices = jax.devices()[:total]
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+    return Mesh(_arrange(devices[:total], *sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(mesh: Mesh, axes: Any, shapes: Any, rules: Mapping[str, str | None]) -> Any:
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many groups of devices there are that only a slow network joins."""
+    return len({_slice(device) for device in devices})
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _arrange(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+    """A grid in which neighbours along the last axes are joined best."""
+    slices = count_slices(devices)
+    if data % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of the {slices} slices, as only this axis may cross the "
+            f"network between them; got {data}."
+        )
+    parts = [
+        [device for device in devices if _slice(device) == index]
+        for index in sorted({_slice(device) for device in devices})
+    ]
+    shape = (data // slices, fsdp, tensor)
+    return np.concatenate([mesh_utils.create_device_mesh(shape, part) for part in parts])
+
+
+def shardings(
+    mesh: Mesh | AbstractMesh, axes: Any, shapes: Any, rules: Mapping[str, str | None]
+) -> Any:
     """Lays every weight on the mesh.
 
     A dim that its mesh axis does not divide is kept whole on every device.
 
     Args:
-      mesh: From `make_mesh`.
+      mesh: From `make_mesh`, or one without devices.
       axes: A tree whose leaves are tuples with one logical axis name per dim.
       shapes: The same tree with anything that has a `shape` as leaves.
       rules: Mesh axis of each logical axis; None keeps it whole.

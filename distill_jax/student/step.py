@@ -6,7 +6,7 @@ Letters: B rows.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,14 @@ def init_state(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
     """A fresh state around `params`, and its shardings: moments lie where their weights lie."""
+    shardings = lay_state(params, optimizer, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    step = jnp.zeros((), jnp.int32, device=shardings.step)
+    return TrainState(step, params, opt_state), shardings  # pyright: ignore
+
+
+def lay_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The shardings of a state around `params`, which may be shapes with shardings alone."""
     param_shardings = jax.tree.map(lambda x: x.sharding, params)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_shardings = optax.tree.map_params(
@@ -193,10 +201,7 @@ def init_state(
         param_shardings,
         transform_non_params=lambda _: everywhere,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    step = jnp.zeros((), jnp.int32, device=everywhere)
-    shardings = TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
-    return TrainState(step, params, opt_state), shardings  # pyright: ignore
+    return TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
 
 
 def num_row_shards(mesh: Mesh) -> int:
@@ -205,17 +210,21 @@ def num_row_shards(mesh: Mesh) -> int:
 
 
 def put_batch(batch: AnyBatch, mesh: Mesh) -> AnyBatch:
-    """The batch, the same in every process, on the devices: lines are spread, counts everywhere.
+    """The batch, the same in every process, on the devices, as `lay_batch` says.
 
     Each process puts its own part.
     """
-    lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    layout = jax.tree.map(lambda _: lines, batch)
-    counts = jax.tree.map(lambda _: everywhere, batch.counts)
 
     def put(array: ArrayLike, sharding: NamedSharding) -> Array:
         whole = np.asarray(array)
         return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
-    return jax.tree.map(put, batch, layout._replace(counts=counts))
+    return jax.tree.map(put, batch, lay_batch(batch, mesh))
+
+
+def lay_batch(batch: AnyBatch, mesh: Mesh) -> Any:
+    """The shardings of a batch: each line on its own, counts everywhere."""
+    lines = NamedSharding(mesh, PartitionSpec(None, *BATCH))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    layout = jax.tree.map(lambda _: lines, batch)
+    return layout._replace(counts=jax.tree.map(lambda _: everywhere, batch.counts))

@@ -20,9 +20,9 @@ _BYTES_PER_STUDENT_TOKEN = 8  # of a mistake that is shown; high for English
 class Bounds:
     """One quantity, from the least that a whole run needs to the most that it can."""
 
-    low: float
-    expected: float
-    upper: float
+    low: float | int
+    expected: float | int
+    upper: float | int
 
 
 @dataclass(frozen=True, slots=True)

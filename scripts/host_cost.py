@@ -1,0 +1,254 @@
+"""Shows what a run costs its host: time and peak memory of each stage that needs no accelerator.
+
+    python scripts/host_cost.py [--questions 1000000] [--samples 4] [--stages NAME ...] [--json]
+
+Questions, completions and rationales are made up, with the lengths of real ones, and lie in a
+temporary folder. Every stage runs in a process of its own, so that its peak is its own; what Python
+and the imports take is in it. Exams are seated on 64 desks of 64 slots, and answers end by chance.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+DESKS, SLOTS, ANSWER = 64, 64, 64  # tokens of an answer, on average
+RATIONALES = 2  # kept, of a question
+BATCHES = 50  # packed, to tell what one costs
+SENTENCE = "Ben has {a} apples and buys {b} more, then he gives {c} of them to his sister. "
+LIMIT_GB = 4.0
+
+Stage = Callable[[Path, int, int], int]
+"""Takes the folder, the number of questions and of samples; returns what it handled."""
+
+
+def make_inputs(folder: Path, questions: int, samples: int) -> None:
+    """Writes questions, an exam and a lesson, a line at a time."""
+    draw = random.Random(0)
+    with (
+        (folder / "questions.jsonl").open("w") as asked,
+        (folder / "exam.jsonl").open("w") as exam,
+        (folder / "lesson.jsonl").open("w") as lesson,
+    ):
+        for index in range(questions):
+            a, b, c = (draw.randrange(2, 100) for _ in range(3))
+            text = SENTENCE.format(a=a, b=b, c=c) * 2 + "How many are left?"
+            row = {"id": f"q/{index}", "question": text, "answer": a + b - c}
+            asked.write(json.dumps(row) + "\n")
+            for place in range(1 + samples):
+                exam.write(json.dumps(_attempt(row, place, draw)) + "\n")
+            for place in range(RATIONALES):
+                lesson.write(json.dumps(_rationale(row, place, draw)) + "\n")
+
+
+def _attempt(row: dict[str, Any], place: int, draw: random.Random) -> dict[str, Any]:
+    right = draw.random() < 0.5
+    answer = str(row["answer"] + (not right))
+    text = f"He has {draw.random()} of them, so that it is {answer}. " * 4 + f"Answer: {answer}"
+    counts = {"round_index": 0, "sample_index": place, "cut": False, "num_tokens": ANSWER}
+    return {"question_id": row["id"], "text": text, "answer": answer, "correct": right, **counts}
+
+
+def _rationale(row: dict[str, Any], place: int, draw: random.Random) -> dict[str, Any]:
+    text = f"First there are {draw.random()} apples, and then there are fewer of them. " * 3
+    kept = {"answer": str(row["answer"]), "verdict": "kept"}
+    return {
+        "question_id": row["id"], "round_index": 1, "sample_index": place, "text": text, **kept
+    }  # fmt: skip
+
+
+def _questions(folder: Path) -> list[Any]:
+    from distill_jax.questions.own_file import read_own_file
+
+    return read_own_file(folder / "questions.jsonl")
+
+
+def _tokenizer() -> Any:
+    from distill_jax.scratch import make_tokenizer
+    from distill_jax.tokenizer import Tokenizer
+
+    return Tokenizer(make_tokenizer())
+
+
+def load_questions(folder: Path, questions: int, samples: int) -> int:
+    """The user's file, as `run` reads it."""
+    from distill_jax.config import TaskConfig
+    from distill_jax.questions import load_questions
+
+    task = TaskConfig(name=str(folder / "questions.jsonl"))
+    return len(load_questions(task, seed=0, data_dir=folder))
+
+
+def word_prompts(folder: Path, questions: int, samples: int) -> int:
+    """The words and tokens of an exam's prompts."""
+    from distill_jax.prompts import exam_prompt
+
+    tokenizer = _tokenizer()
+    prompts = (exam_prompt(question, demonstrations="") for question in _questions(folder))
+    return sum(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
+
+
+def seat_exam(folder: Path, questions: int, samples: int) -> int:
+    """The bookkeeping of an exam, with devices that answer at once."""
+    import numpy as np
+
+    from distill_jax.slots import CALL, Prompt, Row, Seating
+    from distill_jax.student.decode import Chosen
+
+    draw, key = np.random.default_rng(0), np.zeros(2, np.uint32)
+    lengths = draw.integers(30, 90, questions).tolist()
+    prompts = [Prompt(index, [0] * length) for index, length in enumerate(lengths)]
+    for prompt in prompts:
+        prompt.rows.extend(Row(prompt, place, 4 * ANSWER, key) for place in range(1 + samples))
+    seating = Seating(prompts, owed=range(questions), desks=DESKS, slots=SLOTS)
+    done = 0
+    while not seating.ended:
+        while seating.read() is not None:
+            pass
+        seating.seat()
+        rows = DESKS * seating.sizes.slots
+        tokens = np.zeros((rows, CALL), np.int32)
+        stopped = draw.random(rows) < CALL / ANSWER
+        arrays: Any = (tokens, np.full(rows, CALL, np.int32), stopped)
+        done += sum(len(prompt.rows) for prompt in seating.take(Chosen(*arrays)))
+    return done
+
+
+def mark_answers(folder: Path, questions: int, samples: int) -> int:
+    """Marking what comes back, and keeping it as an exam does while it is sat."""
+    from distill_jax.exam import take_exam
+    from distill_jax.records import Completion, to_json
+    from distill_jax.run_folder import Partial
+
+    texts = ["He has 12 of them and 3 more. " * 4 + f"Answer: {n}" for n in range(1 + samples)]
+    answers = [Completion(text, "stop", ANSWER) for text in texts]
+
+    def generate(prompts: Sequence[str], ids: Sequence[str], done: set[int]) -> Iterator[Any]:
+        yield from ((index, answers) for index in range(len(prompts)))
+
+    part, count = Partial(folder / "sat.jsonl"), 0
+    sitting = take_exam(_questions(folder), generate, prompt=lambda q: q.text, round_index=0)
+    for attempts in sitting:
+        part.append(map(to_json, attempts))
+        count += len(attempts)
+    part.finish(folder / "sat.jsonl")
+    return count
+
+
+def read_records(folder: Path, questions: int, samples: int) -> int:
+    """An exam's finished file."""
+    from distill_jax.records import Attempt
+    from distill_jax.run_folder import read_records
+
+    return len(read_records(folder / "exam.jsonl", Attempt))
+
+
+def find_mistakes(folder: Path, questions: int, samples: int) -> int:
+    """The mistakes in an exam's file."""
+    from distill_jax.records import Attempt
+    from distill_jax.run_folder import read_records
+    from distill_jax.teaching import find_mistakes
+
+    return len(find_mistakes(read_records(folder / "exam.jsonl", Attempt)))
+
+
+def plan_lesson(folder: Path, questions: int, samples: int) -> int:
+    """The prompts for a teacher of a later round, one after the other."""
+    from distill_jax.config_file import make_config
+    from distill_jax.teaching import make_prompt
+
+    values = {"folder": "-", "task": {"name": str(folder / "questions.jsonl")}}
+    prompt = make_prompt(make_config({**values, "student": {"model": "-"}}, []))
+    return sum(len(prompt(question, SENTENCE)) for question in _questions(folder))
+
+
+def pack_batches(folder: Path, questions: int, samples: int) -> int:
+    """The rows of a round, its order and shapes, and the first of its batches."""
+    from distill_jax.batches import Course, make_rows
+    from distill_jax.packing import make_grid
+    from distill_jax.prompts import exam_prompt
+    from distill_jax.records import Attempt, Rationale
+    from distill_jax.run_folder import read_records
+    from distill_jax.student.objective import Objective
+
+    rows = make_rows(
+        read_records(folder / "lesson.jsonl", Rationale),
+        read_records(folder / "exam.jsonl", Attempt),
+        {question.id: question for question in _questions(folder)},
+        tokenizer=_tokenizer(),
+        prompts={"rationale": lambda question: exam_prompt(question, demonstrations="")},
+        max_length=2048,
+        seed=0,
+    )
+    grid = make_grid(1024, microbatches=1, shards=256)
+    course = Course(rows, Objective(), 1024, grid, seed=0, round_index=1, epochs=1)
+    batches = itertools.islice(course.batches(), BATCHES)
+    return sum(int(batch.counts.real) for _, batch in batches)
+
+
+STAGES: dict[str, Stage] = {
+    "loading questions": load_questions,
+    "prompts": word_prompts,
+    "seating an exam": seat_exam,
+    "marking and keeping answers": mark_answers,
+    "reading an exam": read_records,
+    "finding mistakes": find_mistakes,
+    "planning a lesson": plan_lesson,
+    "rows, order and batches": pack_batches,
+}
+
+
+def measure(name: str, folder: Path, questions: int, samples: int) -> dict[str, Any]:
+    """Runs one stage in a process of its own."""
+    words = [sys.executable, __file__, "--questions", str(questions), "--samples", str(samples)]
+    words += ["--stages", name, "--folder", str(folder)]
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ)
+    return json.loads(done.stdout)
+
+
+def run_stage(name: str, folder: Path, questions: int, samples: int) -> None:
+    """Runs one stage here, and prints what it took."""
+    start, busy = time.perf_counter(), time.process_time()
+    handled = STAGES[name](folder, questions, samples)
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(json.dumps({"stage": name, "handled": handled, **times, "peak_gb": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--questions", type=int, default=1_000_000)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = (options.questions, options.samples)
+    if options.folder:
+        run_stage(options.stages[0], options.folder, *sizes)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), *sizes)
+        found = [measure(name, Path(folder), *sizes) for name in options.stages]
+    if options.json:
+        print(json.dumps({"questions": sizes[0], "samples": sizes[1], "stages": found}))
+        return
+    print(f"{sizes[0]:,} questions, {sizes[1]} samples besides the greedy answer")
+    for each in found:
+        over = f", over {LIMIT_GB:.0f}" if each["peak_gb"] > LIMIT_GB else ""
+        times = f"{each['seconds']:9.1f} s, {each['cpu_seconds']:9.1f} s of a core"
+        print(f"{each['stage']:30}{times}, {each['peak_gb']:6.2f} GB{over}")
+
+
+if __name__ == "__main__":
+    main()
