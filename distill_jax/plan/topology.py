@@ -4,6 +4,7 @@ Nothing is computed and no weights are read: shapes and shardings go into the co
 account of memory, products and exchanges between devices comes out. Needs libtpu, the extra `tpu`.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from distill_jax.chips import CHIPS, Chip
@@ -289,7 +291,8 @@ def compile_answers(
 
 def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: Mesh) -> Program:
     try:
-        compiled = lowered.compile()
+        with _uncached():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(_USED, str(error))
         if used is None:
@@ -307,6 +310,19 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
         exchanges=exchanges,
         seconds=_seconds(work, topology.chip, exchanges),
     )
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Keeps programs out of JAX's cache, which can't read those of devices that are not here."""
+    kept = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
 
 
 def _bytes(number: str, unit: str) -> float:
