@@ -64,6 +64,13 @@ class DtypeName(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Sink(StrEnum):
+    """Trackers of the figures of training."""
+
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win.")
 ]
@@ -113,6 +120,10 @@ def run(
     stuck_after: Annotated[
         float, typer.Option(min=1, help="Seconds without progress of another process.")
     ] = 1800.0,
+    sinks: Annotated[
+        list[Sink] | None,
+        typer.Option("--sink", help="Where figures of training go, too."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Teach a student round by round. The same command continues an interrupted run.
@@ -125,8 +136,11 @@ def run(
     from distill_jax.membership import find_member
     from distill_jax.processes import Limits, is_main
     from distill_jax.shelter import take_shelter
+    from distill_jax.sinks import SinkName, check_sinks
 
     settings = load_config(config, overrides or [])
+    named: list[SinkName] = [sink.value for sink in sinks or []]
+    check_sinks(named)
     member = find_member(coordinator, processes, process, in_cluster=in_cluster)
     if member:
         take_shelter(member.index)
@@ -137,7 +151,7 @@ def run(
         heed_preemption()  # here, since JAX looks after the signal too
         from distill_jax import rounds
 
-        rounds.run(settings)
+        rounds.run(settings, sinks=named)
         if is_main():
             _show_run(Path(settings.folder), as_json)
 

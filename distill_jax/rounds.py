@@ -19,6 +19,8 @@ from distill_jax.batches import make_rows
 from distill_jax.config import SELF, TEACHER, Config, ConfigError, parse_config
 from distill_jax.config_file import differences
 from distill_jax.exam import accuracy, take_exam
+from distill_jax.plan.savings import SAVE_IN_EXAM, explained, save_in_training
+from distill_jax.plan.work import read_texts
 from distill_jax.processes import gather, is_main, tell
 from distill_jax.progress import Progress
 from distill_jax.records import Attempt, Lesson, Question, Rationale, Split, from_json, to_json
@@ -31,6 +33,7 @@ from distill_jax.run_folder import (
     write_records,
 )
 from distill_jax.school import School, open_school
+from distill_jax.sinks import SinkName
 from distill_jax.syllabus import Syllabus, choose, read_sources
 from distill_jax.teacher.lesson import mark_attempts
 from distill_jax.teaching import (
@@ -49,12 +52,15 @@ NO_MISTAKES = "every training question was answered right"
 NOTHING_KEPT = "none of the teacher's answers could be trained on"
 
 
-def run(config: Config, *, progress: Progress | None = None) -> dict[str, object]:
+def run(
+    config: Config, *, progress: Progress | None = None, sinks: Sequence[SinkName] = ()
+) -> dict[str, object]:
     """Teaches the student round by round; continues a run that was interrupted.
 
     Args:
       config: All settings. `config.folder` is made, or continued if it is there.
       progress: Where to show what is going on; stderr unless told otherwise.
+      sinks: Where the figures of training go, besides `metrics.jsonl`.
 
     Returns:
       What `result.json` holds: `stop_reason`, `chosen_round`, `rounds`.
@@ -64,6 +70,7 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
       TeacherError: the teacher refused, or the budget is spent. All answers paid for are in the
         ledger; the same call goes on from there.
       TrainingDiverged: the loss is not a number any more.
+      OutOfMemory: a device is too small; says what to lower.
 
     Source:
       Wang et al., "Democratizing Reasoning Ability" (EMNLP 2023), algorithm 1.
@@ -74,7 +81,7 @@ def run(config: Config, *, progress: Progress | None = None) -> dict[str, object
     with run_folder.lock(folder):
         if not tell("looking for a result", (folder / "result.json").exists):
             tell("looking for the teacher's key", lambda: check_teacher(config))
-            school = open_school(config, folder, progress)
+            school = open_school(config, folder, progress, sinks)
             _sit(school, 0, "dev", weights_round=0)
             finished, reason = 0, ""
             while not (reason := reason or _reason_to_stop(school, finished)):
@@ -177,6 +184,7 @@ def _sit(
         title = f"{split} exam" if split != "train" else "hinted exam" if hinted else "exam"
         with (
             timed(school.folder, round_index, stage),
+            explained(lambda: SAVE_IN_EXAM),
             school.progress.stage(
                 f"{title}, round {round_index}",
                 total=len(questions),
@@ -301,7 +309,12 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
     )
     start = round_index - 1 if config.train.start == "previous" else 0
-    with timed(school.folder, round_index, "train"):
+
+    def advice() -> str:
+        texts = read_texts(config, school.questions["train"], student.tokenizer)
+        return save_in_training(config, student.weights.model, texts, student.mesh)
+
+    with timed(school.folder, round_index, "train"), explained(advice):
         trained, frozen = train_round(
             config,
             student.weights.model,
@@ -311,6 +324,7 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
             folder,
             round_index=round_index,
             progress=school.progress,
+            sinks=school.sinks,
         )
     student.weights.put(round_index, trained, frozen)
 

@@ -22,6 +22,7 @@ from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
 from distill_jax.report.marks import greedy, mark
 from distill_jax.run_folder import read_records, round_folder, write_records
+from distill_jax.sinks import SinkName
 from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
@@ -174,6 +175,7 @@ class School:
     exam_texts: ExamTexts  # of the test questions, which nobody is taught
     student: Student | None  # None where the teacher sits the exams
     progress: Progress
+    sinks: Sequence[SinkName] = ()  # where the figures of training go, too
 
     def sitting(self, weights_round: int, *, samples: int) -> Sitting:
         """Who sits an exam, with the weights of a round."""
@@ -189,7 +191,9 @@ class School:
         )
 
 
-def open_school(config: Config, folder: Path, progress: Progress) -> School:
+def open_school(
+    config: Config, folder: Path, progress: Progress, sinks: Sequence[SinkName] = ()
+) -> School:
     """Loads questions and student, makes the student if it is `scratch`, and notes what they are.
 
     Raises:
@@ -214,7 +218,7 @@ def open_school(config: Config, folder: Path, progress: Progress) -> School:
     if processes.is_main():
         facts = _find_facts(config, folder, questions, found, student)
         run_folder.write_manifest(folder, facts)
-    return School(config, folder, questions, exam_texts, student, progress)
+    return School(config, folder, questions, exam_texts, student, progress, sinks)
 
 
 def _find_facts(

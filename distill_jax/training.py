@@ -5,7 +5,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from distill_jax.packing import make_grid
 from distill_jax.processes import is_main
 from distill_jax.progress import Progress
 from distill_jax.run_folder import Partial
+from distill_jax.sinks import Send, SinkName, open_sinks
 from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig, Params
@@ -63,6 +64,7 @@ def train_round(
     *,
     round_index: int,
     progress: Progress,
+    sinks: Sequence[SinkName] = (),
 ) -> tuple[Params, Params | None]:
     """Trains on the rows of a round, and leaves `checkpoint/` and `metrics.jsonl` in `folder`.
 
@@ -77,6 +79,7 @@ def train_round(
       folder: The round's folder.
       round_index: From 1.
       progress: Where to show the steps.
+      sinks: Where their figures go, besides `metrics.jsonl`.
 
     Returns:
       The trained weights, and the others.
@@ -106,9 +109,9 @@ def train_round(
         with TrainingCheckpoints(folder / "training") as checkpoints:
             state = checkpoints.restore(abstract(state)) or state
             done = int(state.step)
-            figures.keep(done)
             moments = _Moments(train.checkpoint_every, mesh, asked_to_stop, done)
             progress.note(f"{title}: {_tell_shapes(course)}")
+            figures.begin(done, sinks, progress.note)
             with progress.stage(title, total=len(course), unit="steps", done=done) as advance:
                 for index, (epoch, batch) in enumerate(course.batches(done), start=done):
                     wish = moments.look(index, epoch)
@@ -227,6 +230,8 @@ class _Figures:
         chip = find_chip(mesh.devices.flat[0].device_kind)
         self._peak = mesh.size * chip.flops if chip else 0.0
         self._rows = Partial(path)
+        self._sinks = ExitStack()
+        self._send: Send = lambda row: None
         self._waiting: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
         self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
@@ -260,15 +265,19 @@ class _Figures:
                 "student.compute_dtype=float32, and run again."
             )
         self._rows.append([row])
+        self._send(row)
         return f"loss {values['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
 
-    def keep(self, done: int) -> None:
-        """Forgets the steps after the first `done`."""
+    def begin(self, done: int, sinks: Sequence[SinkName], note: Callable[[str], None]) -> None:
+        """Forgets the steps after the first `done`; those to come go to `sinks`, too."""
         self._rows.keep(done)
+        opened = open_sinks(sinks if is_main() else (), self._path.parent, done=done, note=note)
+        self._send = self._sinks.enter_context(opened)
 
     def close(self) -> None:
-        """Releases the file; the lines stay."""
+        """Releases the file and the sinks; the lines stay."""
         self._rows.close()
+        self._sinks.close()
 
     def finish(self) -> None:
         """Makes the lines the round's finished `metrics.jsonl`."""

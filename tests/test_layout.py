@@ -21,7 +21,7 @@ families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj fam
 families.opt families.t5 families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
 weights adapters layouts
-run_folder progress checkpoint slots engine generate exam
+run_folder progress sinks checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
@@ -31,7 +31,7 @@ report.files report.marks report.phase report.round_summary report.summary repor
 report.cases report.style report.figures report.headline report.tables report.table_files
 report.published report.page
 ballot interrupts teaching syllabus training school
-plan.teacher plan.work plan.memory plan.program plan.topology plan.fit plan.page
+plan.teacher plan.work plan.memory plan.savings plan.program plan.topology plan.fit plan.page
 rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
