@@ -5,8 +5,8 @@
 #
 # TPU and ZONE name a slice that is there already; PROJECT too, if it is not gcloud's default. The
 # last commit is copied to every host and installed there with the extra `tpu`, then each host runs
-# the same command, and JAX asks the slice who is who. Give a bucket as the run folder
-# (folder=gs://bucket/runs/name): hosts share no disk. Variables named in PASS, such as
+# the same command, and JAX asks the slice who is who. The run folder has to lie on a file system
+# that all hosts mount, such as Filestore (folder=/mnt/runs/name). Variables named in PASS, such as
 # PASS="OPENAI_API_KEY", are handed over in a file that only its owner reads, and that is gone once
 # read. After a pre-emption the same command goes on where the run was.
 set -euo pipefail
