@@ -19,7 +19,7 @@ from fault_server import Call, FaultServer, Says, chat, choice, error, fault_ser
 from safetensors.numpy import load_file
 from test_rounds import SMALL, environment, records, stage
 
-TASK = {"num_train": 15, "num_test": 4, "steps": [1]}
+TASK = {"num_train": 15, "num_test": 4, "arithmetic": [[1], 9]}
 LOST_S = 4.0
 LATEST_S = 40.0  # much more than it takes, since the machine may be busy; a hang takes for ever
 
@@ -39,7 +39,7 @@ class Runs:
         self.folder = folder
         self.compiled = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "several_processes"
         config = SMALL | {"folder": "-", "task": SMALL["task"] | TASK}
-        config |= {"scratch": {"size": [32, 1], "steps": 40}}
+        config |= {"scratch": [32, 1, 40]}
         config["teacher"] = {"url": url, "samples": 2, "concurrency": 2}
         self.config = folder / "small.yaml"
         self.config.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
