@@ -259,7 +259,7 @@ def check_against_transformers(directory: Path, prompts: Sequence[str], count: i
     assert len(found) == len(prompts)
     for index, prompt in enumerate(prompts):
         ids = tokenizer.encode_prompt(prompt)
-        room = min(count, config.max_positions - len(ids))
+        room = min(count, config.max_positions - len(ids) + 1)  # the last token takes no position
         with torch.no_grad():
             whole = published.generate(
                 torch.tensor([ids]),

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import pydantic
 import uvicorn
@@ -220,15 +220,17 @@ def serve(
 
 def serve_forever(
     questions: Sequence[Question], *, tutor: TutorConfig, seed: int, port: int
-) -> None:
+) -> NoReturn:
     """Serves a tutor until the process is interrupted; says where on stdout.
 
     Raises:
       ValueError: the port is taken.
+      KeyboardInterrupt: in the end.
     """
     listener = _listen(port)
     print(_url(listener), flush=True)
     _server(Tutor(questions, tutor=tutor, seed=seed)).run(sockets=[listener])
+    raise KeyboardInterrupt  # a signal that comes while the server starts ends it without a word
 
 
 def _server(tutor: Tutor) -> uvicorn.Server:
