@@ -15,10 +15,10 @@ from pathlib import Path
 
 from distill_jax.config_file import load_config
 from distill_jax.contamination import ExamTexts
+from distill_jax.layouts import open_mesh
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.scratch import make_student
-from distill_jax.student.sharding import make_mesh
+from distill_jax.scratch import describe, make_student
 
 
 def main() -> None:
@@ -37,12 +37,14 @@ def main() -> None:
     held_out = [question for question in questions if question.split != "train"]
     train = [question for question in questions if question.split == "train"]
     clean, _ = ExamTexts(held_out).split(train)
+    everything = [*clean, *held_out]
+    mesh, _ = open_mesh(config, describe(config, everything)[0])
     start = time.monotonic()
     make_student(
         config,
         arguments.directory,
-        questions=[*clean, *held_out],
-        mesh=make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
+        questions=everything,
+        mesh=mesh,
         progress=Progress(),
     )
     print(f"{arguments.directory}: {time.monotonic() - start:.0f} s")

@@ -1,5 +1,6 @@
 """Whole runs on several processes: the records of one process, whoever is lost on the way."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from test_rounds import SMALL, environment, records, stage
 
 TASK = {"num_train": 15, "num_test": 4, "arithmetic": [[1], 9]}
 LOST_S = 4.0
+SAID_S = 2.0  # several signs of life
 LATEST_S = 40.0  # much more than it takes, since the machine may be busy; a hang takes for ever
 
 
@@ -30,6 +32,10 @@ def teach(call: Call) -> Says:
     texts = [f"The numbers of way {k} make {hint}.\nAnswer: {hint}" for k in range(call.n)]
     choices = [choice(text, index=k) for k, text in enumerate(texts)]
     return Says(body=chat(call, choices=choices), delay_s=0.05)
+
+
+def teach_slowly(call: Call) -> Says:
+    return dataclasses.replace(teach(call), delay_s=2 * SAID_S)
 
 
 class Runs:
@@ -105,6 +111,10 @@ def wait_for(seen: Callable[[], bool], processes: Sequence[subprocess.Popen]) ->
         time.sleep(0.005)
 
 
+def since(call: Call) -> float:
+    return time.monotonic() - call.at
+
+
 def lines(folder: Path, round_index: int, name: str) -> int:
     path = stage(folder, round_index, f"{name}.partial")
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -164,10 +174,16 @@ def test_whoever_is_lost_is_named_and_the_run_goes_on(
         processes[index].communicate(timeout=LATEST_S)
         return err
 
+    def teaching() -> bool:
+        """Whether this has lasted long enough for both processes to have said so."""
+        return len(teacher.calls) > begun + 2 and since(teacher.calls[begun + 2]) > SAID_S
+
     begun = len(teacher.calls)
     err = lose(1, lambda: lines(folder, 1, "exam") > 0)
     assert "process 1 gave no sign of life for 4 s, last seen at: exam, round 1" in err
-    err = lose(1, lambda: len(teacher.calls) > begun + 2, signal.SIGSTOP)
+    teacher.behave = teach_slowly
+    err = lose(1, teaching, signal.SIGSTOP)
+    teacher.behave = teach
     assert "process 1 gave no sign of life for 4 s, last seen at: teaching, round 1" in err
     assert "the same command goes on from here" in err
     err = lose(1, lambda: lines(folder, 1, "metrics") > 1, signal.SIGTERM)
