@@ -26,7 +26,7 @@ teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teac
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
-packing plain_packing batches scratch
+packing plain_packing soft_targets batches scratch
 report.files report.marks report.phase report.round_summary report.summary report.settings
 report.cases report.style report.figures report.headline report.tables report.table_files
 report.published report.page

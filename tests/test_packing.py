@@ -22,7 +22,7 @@ OBJECTIVES = [
 
 
 def expected_branches(item: Item, objective: Objective) -> tuple[tuple, tuple]:
-    anchor, positive, negative = item[1:]
+    anchor, positive, negative = item[1:4]
     if objective.reflection == "none":
         return (anchor,), ()
     if objective.reflection == "dpo":

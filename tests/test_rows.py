@@ -219,7 +219,9 @@ def test_a_test_question_is_never_taught(play, tmp_path: Path):
         (["teacher.url=self", "teacher.samples=4"], "3 in all; got teacher.samples=4"),
         (["train.targets=[answer, rationale]"], "put rationale first"),
         (["teacher.url=self", "train.targets=[answer]"], "put rationale first"),
-        (["train.rows=[judged]"], "name new, old or own beside it"),
+        (["train.rows=[judged]"], "put new, old or own beside judged"),
+        (["train.rows=[new, soft]", "teacher.url=self"], "a teacher other than the student"),
+        (["train.rows=[new, soft]", "train.targets=[answer]"], "rationale among train.targets"),
         (["train.rows=[new, judged]", "teacher.url=self"], "other than the student"),
     ],
 )

@@ -129,6 +129,30 @@ def dropped_table(summary: Summary) -> Table:
     return Table("Kept, but not trained on", ("round", "reason", "rows"), rows)
 
 
+def soft_table(summary: Summary) -> Table:
+    """How much of what is written was learnt as several tokens, for a run that asks for it."""
+    rows = tuple(
+        (
+            str(entry.round_index),
+            _count(entry.rows),
+            _count(entry.target_tokens),
+            _count(entry.soft_tokens),
+            percent((entry.soft_tokens or 0) / entry.target_tokens),
+        )
+        for entry in summary.rounds
+        if entry.target_tokens and "soft" in summary.config.train.rows
+    )
+    return Table(
+        title="Soft targets",
+        columns=("round", "rows", "tokens to be written", "soft", "share"),
+        rows=rows,
+        note=(
+            "A token is soft where the teacher said what else it found likely there, and its "
+            "token and another are tokens of the student, too. All others are hard."
+        ),
+    )
+
+
 def groups_table(summary: Summary) -> Table:
     """Dev accuracy by group of questions, round by round: forgetting shows here."""
     sat = [entry for entry in summary.rounds if entry.dev and entry.dev.groups]
@@ -207,7 +231,7 @@ def run_tables(summary: Summary) -> list[Table]:
     """All tables of one run that have something to show."""
     makers = (
         *(rounds_table, held_out_table, groups_table),
-        *(mistakes_table, lessons_table, dropped_table),
+        *(mistakes_table, lessons_table, dropped_table, soft_table),
     )
     return [table for table in (make(summary) for make in makers) if table.rows]
 

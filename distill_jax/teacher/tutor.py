@@ -2,7 +2,7 @@
 
 It knows the worked solutions of a question set and looks up the last question of a prompt. So a
 run, a test or a first hour with this project needs no network, no key and no money. A token is a
-word here: tokens are counted by white space.
+word, a number or a sign here, with the white space before it.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ _BLOCK = re.compile(r"(?:\A|\n)(?=Question: )")
 _AFTER_QUESTION = re.compile(r"\n(?=(?:Wrong Solution|Hint|(?:Better )?Reasoning|Answer):)")
 _MISTAKE = re.compile(r"\nWrong Solution:(.*)")
 _TIP = re.compile(WRONG_STEP.format(step=".*?"))  # quotes a wrong step
-_WORD = re.compile(r"\s*\S+")
+_TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])")
 
 
 class Message(pydantic.BaseModel):
@@ -191,8 +191,8 @@ def _completion(
     wanted: ChatRequest, texts: Sequence[str], told: Sequence[tuple[str, float]]
 ) -> dict[str, Any]:
     limit = wanted.max_completion_tokens or wanted.max_tokens
-    words = [_WORD.findall(text) for text in texts]
-    weighed = [(_WORD.findall(text), share) for text, share in told]
+    tokens = [_TOKEN.findall(text) for text in texts]
+    weighed = [(_TOKEN.findall(text), share) for text, share in told]
     choices = [
         {
             "index": index,
@@ -200,10 +200,10 @@ def _completion(
             "finish_reason": "stop" if limit is None or len(said) <= limit else "length",
             "logprobs": _likelihoods(said[:limit], weighed, wanted.top_logprobs) if told else None,
         }
-        for index, said in enumerate(words)
+        for index, said in enumerate(tokens)
     ]
-    num_prompt = sum(len(message.content.split()) for message in wanted.messages)
-    num_said = sum(len(said[:limit]) for said in words)
+    num_prompt = sum(len(_TOKEN.findall(message.content)) for message in wanted.messages)
+    num_said = sum(len(said[:limit]) for said in tokens)
     return {
         "id": "chatcmpl-tutor",
         "object": "chat.completion",
@@ -221,24 +221,24 @@ def _completion(
 def _likelihoods(
     said: Sequence[str], told: Sequence[tuple[list[str], float]], top: int
 ) -> dict[str, Any]:
-    """How likely each word of an answer was behind those before it, and the `top` likeliest ones.
+    """How likely each token of an answer was behind those before it, and the `top` likeliest.
 
     Args:
-      said: The words of the answer, one of those told.
-      told: The words of all answers that there may be, each with its probability.
+      said: The tokens of the answer, one of those told.
+      told: The tokens of all answers that there may be, each with its probability.
       top: At most.
     """
     content = []
-    for place, word in enumerate(said):
+    for place, token in enumerate(said):
         shares: dict[str, float] = {}
-        for words, share in told:
-            if place < len(words):
-                shares[words[place]] = shares.get(words[place], 0.0) + share
+        for tokens, share in told:
+            if place < len(tokens):
+                shares[tokens[place]] = shares.get(tokens[place], 0.0) + share
         total = sum(share for _, share in told)
         ordered = sorted(shares, key=shares.__getitem__, reverse=True)
         chances = {text: _log_probability(text, shares[text] / total) for text in ordered}
-        content.append(chances[word] | {"top_logprobs": [chances[text] for text in ordered[:top]]})
-        told = [(words, share) for words, share in told if words[place : place + 1] == [word]]
+        content.append(chances[token] | {"top_logprobs": [chances[text] for text in ordered[:top]]})
+        told = [each for each in told if each[0][place : place + 1] == [token]]
     return {"content": content}
 
 
