@@ -9,7 +9,8 @@ import pytest
 from fault_server import Behaviour, Call, Says, chat, choice, fault_server, good
 from paid_lesson import QUICK
 
-from distill_jax.config import Config, TrainConfig, parse_config
+from distill_jax.config import Config, parse_config
+from distill_jax.config_file import override
 from distill_jax.plan.teacher import plan_lines, plan_teacher
 from distill_jax.progress import Progress
 from distill_jax.questions import load_questions
@@ -90,8 +91,8 @@ def judge_all(folder: Path, settings: Config, samples: int) -> list[int]:
 def test_a_teacher_that_judges_is_asked_about_every_rationale(tmp_path: Path):
     limited = {**PAID, "samples": 3, "per_minute": [10, 0]}
     one, judging, both = (
-        plan_teacher(config(**limited).model_copy(update={"train": TrainConfig(rows=rows)}))
-        for rows in (("new",), ("new", "judged"), ("new", "own", "judged"))
+        plan_teacher(override(config(**limited), [f"train.rows=[{rows}]"]))
+        for rows in ("new", "new, judged", "new, own, judged")
     )
     sent = judge_all(tmp_path, config(samples=3), 3)
     assert judging.requests.upper - one.requests.upper == len(sent) == 16 * 3

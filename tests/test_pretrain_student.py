@@ -1,13 +1,15 @@
 """The script that makes one student for several runs."""
 
+import importlib
 import json
 from pathlib import Path
 
-import pretrain_student
 import pytest
 
 from distill_jax.tokenizer import load_tokenizer
 from distill_jax.weights import read_model_config
+
+pretrain_student = importlib.import_module("pretrain_student")
 
 ROWS = (
     ("Ann bakes 3 muffins and 4 more. How many muffins?", "7", "train"),

@@ -157,13 +157,12 @@ def test_others_stand_where_their_targets_stand(reflection, plain: bool):
         for item in samples
     ]
     assert sorted(found) == sorted(expected)
-    assert np.count_nonzero(batch.shares) == sum(
-        len(each) for item in samples for each in item.others
-    )
+    shares = np.asarray(batch.shares)
+    assert np.count_nonzero(shares) == sum(len(each) for item in samples for each in item.others)
     hard = make_batch(samples, 3, Objective(reflection=reflection))
     assert hard.others is None and hard.shares is None
     negatives = np.flatnonzero(batch.owners[0, 0] % 2 * (batch.owners[0, 0] < NOWHERE))
-    assert not np.asarray(batch.shares)[0, 0, negatives].any()
+    assert not shares[0, 0, negatives].any()
 
 
 def piece(text: str, own: float = 1.0, **others: float) -> Piece:
