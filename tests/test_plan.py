@@ -99,6 +99,8 @@ def test_a_teacher_that_judges_is_asked_about_every_rationale(tmp_path: Path):
     assert judging.requests.expected - one.requests.expected == 16 * 3 / 2
     assert judging.requests.low - one.requests.low == 16
     assert both.requests.upper - judging.requests.upper == 16 * 5  # greedy answers and 4 samples
+    own = plan_teacher(override(config(**limited), ["train.rows=[own, judged]", "rounds.max=4"]))
+    assert own.requests.expected == 16 * (1 + 3 / 2) + 16 * 4 * 5 / 2  # an exam in every round
     rest = sum(sent) - 48 * len(f"{'so ' * 20}0")
     assert judging.prompt_tokens.upper - one.prompt_tokens.upper == rest + 48 * (64 + 2 * 128)
     for name in ("low", "expected", "upper"):
