@@ -157,10 +157,14 @@ def _judgements(config: Config, train: Sequence[Question]) -> dict[str, Work]:
 
 def _exams(config: Config, asked: Sequence[Question]) -> dict[str, Work]:
     """What a teacher takes that sits the exams."""
-    size = sum(len(exam_prompt(config, question).encode()) for question in asked)
+    size = float(sum(len(exam_prompt(config, question).encode()) for question in asked))
     limit = config.exam.max_new_tokens[0]
     return {
-        name: (float(len(asked)), _tokens(name, size, len(asked)), len(asked) * limit * share)
+        name: (
+            float(len(asked)),
+            _tokens(name, size, float(len(asked))),
+            len(asked) * limit * share,
+        )
         for name, share in (("low", 0.25), ("expected", _EXPECTED_ANSWER), ("upper", 1.0))
     }
 
