@@ -13,9 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from distill_jax import packing as tree_packing
-from distill_jax.packing import Grid, Item, Tokens, is_valid
+from distill_jax.packing import Grid, Item, Others, Tokens, is_valid
 from distill_jax.prompts import answer_target, mistake_target, target
 from distill_jax.records import GREEDY, Attempt, Form, Question, Rationale
+from distill_jax.soft_targets import find_others
 from distill_jax.student.objective import Objective
 from distill_jax.student.plain import AnyBatch
 from distill_jax.tokenizer import Tokenizer, common_length
@@ -36,6 +37,7 @@ class Row:
     anchor: Tokens
     positives: tuple[Tokens, ...]
     negatives: tuple[Tokens, ...]
+    others: Others = ()  # what else may stand in the anchor's places
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Rows:
     def num_pairs(self) -> int:
         """Rows that have a positive and a negative."""
         return sum(bool(row.positives and row.negatives) for row in self.rows)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens to be written."""
+        return sum(len(row.anchor) for row in self.rows)
+
+    @property
+    def num_soft(self) -> int:
+        """Those that share their place with others."""
+        return sum(bool(others) for row in self.rows for others in row.others)
 
 
 def make_rows(
@@ -94,27 +106,28 @@ def make_rows(
     shared = next(iter(heads.values()))[:num_shared] if num_shared else []
     encoded = _Encoder(tokenizer, texts, heads, max_length)
     targets = list(_targets(rationales, asked, prompts))
-    anchors = [(key, encoded.anchor(key, text)) for key, text in targets]
-    fitting = [(key, ids) for key, ids in anchors if len(heads[key]) + len(ids) <= max_length]
+    anchors = [(*each, encoded.anchor(*each[:2])) for each in targets]
+    fitting = [each for each in anchors if len(heads[each[0]]) + len(each[-1]) <= max_length]
     wrong, exam_form = _wrong_texts(attempts), next(iter(prompts))
     negatives = {id: encoded.mistakes((id, exam_form), wrong.get(id, ())) for id in asked}
     positives: dict[Key, list[Tokens]] = {}
-    for key, anchor in fitting:
+    for key, _, _, anchor in fitting:
         positives.setdefault(key, []).append(anchor)
 
     pick = np.random.default_rng([seed, len(rationales)])
     rows = []
-    for key, anchor in fitting:
-        others = [text for text in dict.fromkeys(positives[key]) if text != anchor]
+    for key, text, source, anchor in fitting:
+        different = [ids for ids in dict.fromkeys(positives[key]) if ids != anchor]
         rows.append(
             Row(
                 question_id=key[0],
                 question=tuple(heads[key][num_shared:]),
                 anchor=anchor,
-                positives=_pool(others, MAX_POSITIVES, pick),
+                positives=_pool(different, MAX_POSITIVES, pick),
                 negatives=_pool(
                     negatives[key[0]] if key[1] == exam_form else (), MAX_NEGATIVES, pick
                 ),
+                others=encoded.others(text, anchor, source) if source else (),
             )
         )
     dropped = {"too_long": len(targets) - len(rows)} if len(rows) < len(targets) else {}
@@ -123,15 +136,15 @@ def make_rows(
 
 def _targets(
     rationales: Sequence[Rationale], questions: Mapping[str, Question], forms: Iterable[Form]
-) -> Iterator[tuple[Key, str]]:
-    """All that is to be written, each with its question and form."""
+) -> Iterator[tuple[Key, str, Rationale | None]]:
+    """All that is to be written, each with its question and form, and whose it is."""
     for form in forms:
         if form.startswith("rationale"):
             for row in rationales:
-                yield (row.question_id, form), target(questions[row.question_id], row.text)
+                yield (row.question_id, form), target(questions[row.question_id], row.text), row
         else:
             for id, question in questions.items():
-                yield (id, form), answer_target(question)
+                yield (id, form), answer_target(question), None
 
 
 class _Encoder:
@@ -150,6 +163,10 @@ class _Encoder:
 
     def anchor(self, key: Key, text: str) -> Tokens:
         return tuple(self.tokenizer.encode_target(self.prompts[key], text))
+
+    def others(self, text: str, ids: Tokens, source: Rationale) -> Others:
+        said = {"rationale": source.text, "pieces": source.pieces}
+        return find_others(self.tokenizer, text, ids, **said)
 
     def mistakes(self, key: Key, texts: Sequence[str]) -> list[Tokens]:
         room = self.max_length - len(self.heads[key])
@@ -315,8 +332,9 @@ class Course:
                     yield epoch, [self._item(self.rows.rows[i], *pairs[i]) for i in indices]
 
     def _item(self, row: Row, positive: Tokens, negative: Tokens) -> Item:
-        item = Item(row.question, row.anchor, positive, negative)
-        return item if is_valid(item, self.objective) else Item(row.question, row.anchor)
+        item = Item(row.question, row.anchor, positive, negative, row.others)
+        whole = is_valid(item, self.objective)
+        return item if whole else item._replace(positive=(), negative=())
 
     def _plans(self) -> Iterator[tuple[int, list[list[int]]]]:
         """The batches of each epoch, the last one broken off where the steps end."""

@@ -124,9 +124,10 @@ class TrainConfig(Section):
     warmup_steps: CountOrAll = 100  # logarithmic, then constant
     weight_decay: NotNegative = 0.01
     prompt_weight: NotNegative = 0.1  # of a prompt token in the language-modelling loss
-    rows: Annotated[tuple[Literal["new", "old", "own", "judged"], ...], SOME] = ("new",)
+    rows: Annotated[tuple[Literal["new", "old", "own", "judged", "soft"], ...], SOME] = ("new",)
     # this round's rationales; earlier rounds'; the student's own right samples; judged: of these
-    # only those that the teacher approves when it is asked to judge them
+    # only those that the teacher approves when it is asked to judge them; soft: along with the
+    # teacher's words those that it found likely in their place, where it tells
     targets: Annotated[tuple[Form, ...], SOME] = ("rationale",)  # the first one is the exam's form
     start: Literal["previous", "base"] = "previous"  # the weights that a round begins with
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass recomputes
@@ -234,8 +235,13 @@ def _impossible_rows(config: Config) -> Iterator[str]:
         )
     if "judged" in train.rows and teacher.url == SELF:
         yield f"train.rows=judged needs a teacher other than the student; got teacher.url={SELF}."
+    if "soft" in train.rows and (teacher.url == SELF or not any(map(_is_rationale, train.targets))):
+        yield (
+            "train.rows=soft learns how likely a teacher finds the words of its rationales: it "
+            "needs a teacher other than the student, and rationale among train.targets."
+        )
     if not {"new", "old", "own"} & set(train.rows):
-        yield "train.rows=judged says which rows are left out: name new, old or own beside it."
+        yield f"train.rows names none: put new, old or own beside {', '.join(train.rows)}."
     if not train.targets[0].startswith("rationale") and (
         teacher.url == SELF or "own" in train.rows or any(map(_is_rationale, train.targets))
     ):

@@ -18,6 +18,8 @@ from distill_jax.student.objective import LIKELIHOODS, Objective
 from distill_jax.student.tree import NOWHERE, Batch, Counts
 
 Tokens = tuple[int, ...]
+Others = tuple[tuple[tuple[int, float], ...], ...]
+"""For every token of a text what else may stand in its place, with its share; () if nothing may."""
 Sizes = TypeVar("Sizes", bound=tuple[int, ...])
 MAX_SHAPES = 4
 SPARE = 0.06
@@ -35,6 +37,7 @@ class Item(NamedTuple):
     anchor: Tokens
     positive: Tokens = ()
     negative: Tokens = ()
+    others: Others = ()  # of the anchor; () where all of it is hard
 
 
 class Shape(NamedTuple):
@@ -268,6 +271,7 @@ class _Line:
         self.targets = np.zeros(self.first, np.int32)
         self.weights = np.zeros(self.first, np.float32)
         self.owners = NOWHERE + np.arange(self.first, dtype=np.int32)
+        self.others = empty_others(self.first, objective)
         self.known = np.zeros(shared, bool)
         self.questions = np.full((rows, shape.question), NOWHERE)
         self.branches = np.full((rows, len(sum(branches, ())), shape.branch), NOWHERE)
@@ -304,6 +308,8 @@ class _Line:
                     self._note(row, column + index, name, place)
                     if kind == "predicting":
                         self._predict(row, name, place, text)
+                    if kind == "predicting" and name == "anchor":
+                        put_others(self.others, place, item.others)
             if kind == "predicting":
                 self.num_predicting = self.at - self.shared
             if kind == "silent":
@@ -348,5 +354,20 @@ class _Line:
             "tokens": self.tokens, "positions": self.positions, "targets": self.targets,
             "weights": self.weights, "owners": self.owners, "shared": self.known,
             "questions": questions, "live": live, "cut": cut, "homes": homes.astype(np.int32),
-            "ends": self.ends, "valid": self.valid, "reaches": self.reaches,
+            "ends": self.ends, "valid": self.valid, "reaches": self.reaches, **self.others,
         }  # fmt: skip
+
+
+def empty_others(size: int, objective: Objective) -> dict[str, np.ndarray]:
+    """Room for what else may be predicted at so many places; none where targets are hard."""
+    if not objective.alternatives:
+        return {}
+    shape = (size, objective.alternatives)
+    return {"others": np.zeros(shape, np.int32), "shares": np.zeros(shape, np.float32)}
+
+
+def put_others(room: Mapping[str, np.ndarray], place: slice, others: Others) -> None:
+    """Writes what else may be predicted from `place` on."""
+    for index, each in enumerate(others if room else (), start=place.start):
+        for column, (token, share) in enumerate(each):
+            room["others"][index, column], room["shares"][index, column] = token, share

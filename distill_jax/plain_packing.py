@@ -16,8 +16,10 @@ from distill_jax.packing import (
     Item,
     Tokens,
     choose_shapes,
+    empty_others,
     find_branches,
     is_valid,
+    put_others,
     round_up,
     spread,
 )
@@ -101,6 +103,7 @@ def _fill(
     targets, weights = np.zeros(line, np.int32), np.zeros(line, np.float32)
     owners = NOWHERE + np.arange(targets.size, dtype=np.int32).reshape(line)
     ends, valid = np.zeros((rows, 3), np.int32), np.zeros(rows, bool)
+    others = empty_others(targets.size, objective)
     for row, item in enumerate(items):
         prompt = (*shared, *item.prompt)
         tokens[row, : len(prompt)], mask[row, : len(prompt)] = prompt, True
@@ -114,10 +117,13 @@ def _fill(
                 targets[place, row, : len(text)] = text
                 weights[place, row, : len(text)] = float(name == "anchor")
                 owners[place, row, : len(text)] = 2 * row + (name == "negative")
+            if name == "anchor" and place < line[0]:
+                start = (place * rows + row) * line[2]
+                put_others(others, slice(start, start + len(text)), item.others)
     return {
         "tokens": tokens, "mask": mask, "live": answers[:num_live], "cut": answers[num_live:],
         "targets": targets.ravel(), "weights": weights.ravel(), "owners": owners.ravel(),
-        "ends": ends, "valid": valid,
+        "ends": ends, "valid": valid, **others,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Letters: Q questions, S samples per question, N answers asked of the teacher.
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
@@ -16,6 +16,9 @@ FinishReason = Literal["stop", "length", "content_filter", "error"]
 Form = Literal["rationale", "answer", "rationale_alone", "answer_alone"]
 """What the student is asked for, a rationale or the bare answer; `alone`: without examples."""
 Verdict = Literal["kept", "wrong", "unreadable", "cut", "duplicate", "leak", "failed"]
+Piece = tuple[str, tuple[tuple[str, float], ...]]
+"""A token of a teacher's text, and how likely it was there: first itself, then what else it might
+have said, each with its probability. () where that is not known."""
 
 GREEDY = 0
 """`sample_index` of the greedy answer; the samples drawn at random are 1 to S."""
@@ -55,11 +58,13 @@ class Completion:
       finish_reason: `stop` at end-of-text or a blank line, `length` when cut by the token limit,
         `content_filter` or `error` when a teacher's answer never came.
       num_tokens: Tokens generated; 0 when nothing came.
+      pieces: What the text was put together from, if the teacher said so.
     """
 
     text: str
     finish_reason: FinishReason
     num_tokens: int
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class Rationale:
       verdict: `kept`, or why not: `wrong` answer, `unreadable`, `cut` by the token limit,
         `duplicate` of a kept one, `leak` of the hint or the student's text, `failed` when no
         answer came.
+      pieces: Of a kept one: what the whole answer was put together from, if the teacher said so.
     """
 
     question_id: str
@@ -108,6 +114,7 @@ class Rationale:
     text: str
     answer: str | None
     verdict: Verdict
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +148,19 @@ def to_json(record: object) -> dict:
 
 
 def from_json(kind: type[T], row: dict) -> T:
-    """The record that `to_json` wrote.
+    """The record that `to_json` wrote, or wrote before a field that has a default was added.
 
     Raises:
       ValueError: the row's keys are not the record's fields.
     """
-    fields = {field.name for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    if set(row) != fields:
-        raise ValueError(f"a {kind.__name__} row has {sorted(fields)}; got {sorted(row)}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    names = {field.name for field in fields}
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if not needed <= set(row) <= names:
+        raise ValueError(f"a {kind.__name__} row has {sorted(names)}; got {sorted(row)}.")
+    return kind(**{name: _frozen(value) for name, value in row.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -306,6 +306,8 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
         dropped_rows={**chosen.left_out, **rows.dropped},
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
+        target_tokens=rows.num_targets,
+        soft_tokens=rows.num_soft,
         steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
     )
     start = round_index - 1 if config.train.start == "previous" else 0

@@ -12,6 +12,7 @@ from distill_jax.config import SELF, TEACHER, TUTOR, Config, is_free
 from distill_jax.exam import Sitting
 from distill_jax.progress import Progress
 from distill_jax.records import GREEDY, Attempt, Completion, Form, Lesson, Question, Rationale
+from distill_jax.soft_targets import ALTERNATIVES
 from distill_jax.teacher.account import Ask, find_secret
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
@@ -31,6 +32,11 @@ def find_mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
 def wants_rationales(config: Config) -> bool:
     """Whether any form of the targets has a rationale; bare answers need no teacher."""
     return any(form.startswith("rationale") for form in config.train.targets)
+
+
+def wanted_alternatives(config: Config) -> int:
+    """How many likely tokens the teacher is to name for each one it says, to be learnt, too."""
+    return ALTERNATIVES if "soft" in config.train.rows else 0
 
 
 def asks_teacher(config: Config) -> bool:
@@ -217,6 +223,7 @@ def _lesson(
         round_index=round_index,
         samples=config.teacher.samples,
         extra_tries=config.teacher.extra_tries,
+        alternatives=wanted_alternatives(config),
     )
 
 

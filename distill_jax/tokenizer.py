@@ -43,6 +43,7 @@ class Tokenizer:
         self.begin_id = self._begin[0] if self._begin else self._id_of(published.bos_token)
         self.end_id = self._id_of(published.eos_token)
         self._prompt_end = [self.end_id] if ends_prompts and self.end_id is not None else []
+        self._found: dict[str, int | None] = {}
         self.num_tokens = len(published)
         while _PLACEHOLDER.fullmatch(str(published.convert_ids_to_tokens(self.num_tokens - 1))):
             self.num_tokens -= 1
@@ -85,6 +86,14 @@ class Tokenizer:
         """The text that `ids` add to the text before them; special tokens add none."""
         _, anchor, before = self._anchors[0]
         return self._raw_decode([*anchor, *(int(i) for i in ids)])[len(before) :]
+
+    def find_token(self, text: str) -> int | None:
+        """The one token that is `text` in mid-line; None if it takes several, or is unknown."""
+        if text not in self._found:
+            ids = self._continue(text)
+            alone = len(ids) == 1 and self.decode(ids) == text
+            self._found[text] = ids[0] if alone else None
+        return self._found[text]
 
     def save(self, directory: Path) -> None:
         """Writes the published files of the tokenizer into `directory`."""

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from distill_jax.student.step import (
     put_batch,
     warmup_schedule,
 )
+from distill_jax.teaching import wanted_alternatives
 
 T = TypeVar("T")
 SAVE, STOP = 1, 2
@@ -140,11 +142,11 @@ def make_course(
     config: Config, model: ModelConfig, mesh: Mesh, rows: Rows, round_index: int
 ) -> Course:
     """All batches of a round."""
-    train, shards = config.train, num_row_shards(mesh)
+    train, shards, objective = config.train, num_row_shards(mesh), make_objective(config)
     microbatches = train.batch_size // train.microbatch_size
     return Course(
         rows,
-        make_objective(config),
+        objective if rows.num_soft else replace(objective, alternatives=0),
         train.batch_size,
         make_grid(train.batch_size, microbatches=microbatches, shards=shards),
         seed=config.seed,
@@ -187,6 +189,7 @@ def make_objective(config: Config) -> Objective:
         margin=reflection.margin,
         beta=reflection.beta,
         prefix_gradient=reflection.prefix_gradient,
+        alternatives=wanted_alternatives(config),
     )
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from shell import command
 
 from distill_jax.analysis.comparison import compare_runs
 from distill_jax.analysis.findings import write_findings
-from distill_jax.analysis.pooled import read_run, row_name
+from distill_jax.analysis.pooled import read_run
 from distill_jax.config_file import to_yaml
 from distill_jax.report.marks import Change, wilson
-from distill_jax.run_folder import update_round, write_json, write_rows
+from distill_jax.report.summary import row_name
+from distill_jax.run_folder import read_rows, update_round, write_json, write_rows
 
 TEST = [question for question in sample_questions() if question.split == "test"]
 ANSWERS = {1: 320, 2: 200, 3: 100}  # four to a question: 80 questions, then the mistakes
@@ -85,9 +87,57 @@ def test_kinds_of_question_are_told_apart(findings):
 
 
 def test_unequal_budgets_are_warned_of_with_their_size(findings):
-    (budget,) = [note for note in findings.notes if "Not an equal comparison" in note]
-    assert "C (same) had 1.20 times the optimisation steps (825 against 690)" in budget
+    (budget,) = [note for note in findings.notes if "Not at equal" in note]
+    assert budget == (
+        "Not at equal steps: C (same) had 825.0 against 690.0 of A (one_round), "
+        "1.20 times as many; 2 of 2 pairs differ."
+    )
     assert any("Fewer than 5 seeds in A, B, C" in note for note in findings.notes)
+
+
+def test_a_single_request_more_is_said_though_the_means_are_equal(runs, tmp_path):
+    folders = []
+    for seed in (1, 2):
+        folders.append(tmp_path / f"other-seed{seed}")
+        shutil.copytree(runs[f"multi_round-seed{seed}"], folders[-1])
+    config = read_run(folders[0]).config.model_dump()
+    for seed, folder in enumerate(folders, start=1):
+        knobs = {"reflection": {**config["reflection"], "weight": 0.75}, "seed": seed}
+        (folder / "config.yaml").write_text(to_yaml(sample_config(folder, **knobs)))
+    lessons = [read_rows(folder / "round_03" / "lesson.jsonl") for folder in folders]
+    moved, lessons[0] = lessons[0][-4:], lessons[0][:-4]
+    lessons[1] += [row | {"question_id": "arithmetic/train/0"} for row in moved]
+    for folder, rows in zip(folders, lessons, strict=True):
+        write_rows(folder / "round_03" / "lesson.jsonl", rows)
+    first = [runs["one_round-seed1"], runs["one_round-seed2"]]
+    notes = [note for note in compare_runs([*first, *folders]).notes if "Not at equal" in note]
+    assert notes == [
+        "Not at equal requests: B (other) had 155.0 against 155.0 of A (one_round); "
+        "2 of 2 pairs differ.",
+        "Not at equal answers asked: B (other) had 620.0 against 620.0 of A (one_round); "
+        "2 of 2 pairs differ.",
+    ]
+    write_rows(folders[0] / "round_03" / "lesson.jsonl", [*lessons[0], *moved])
+    notes = [note for note in compare_runs([*first, *folders]).notes if "Not at equal" in note]
+    assert notes[0] == (
+        "Not at equal requests: B (other) had 155.5 against 155.0 of A (one_round), 1.00 times "
+        "as many; 1 of 2 pairs differ."
+    )
+
+
+def test_rationales_that_were_judged_are_requests_too(runs, tmp_path):
+    folder = tmp_path / "judged"
+    shutil.copytree(runs["one_round-seed1"], folder)
+    train = {"rows": ["new", "judged"]}
+    (folder / "config.yaml").write_text(to_yaml(sample_config(folder, seed=1, train=train)))
+    before, kept = read_run(runs["one_round-seed1"]).requests, []
+    for index in (1, 2, 3):
+        rows = read_rows(folder / f"round_0{index}" / "lesson.jsonl")
+        kept.append({(r["question_id"], r["text"]) for r in rows if r["verdict"] == "kept"})
+        write_rows(folder / f"round_0{index}" / "judged.jsonl", rows[:1])
+    assert read_run(folder).requests == tuple(
+        number + len(judged) for number, judged in zip(before, kept, strict=True)
+    )
 
 
 def test_one_seed_gives_wilsons_interval_and_the_exact_test(runs):

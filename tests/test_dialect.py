@@ -46,6 +46,25 @@ def test_refusals(error, learned):
     assert Dialect().learn(sent, num_samples=2, error=error) == learned
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "You are not allowed to request logprobs from this model"},
+        {"message": "Logprobs is not enabled for models/m", "code": 400},
+        {"message": "unknown", "param": "top_logprobs"},
+        {"detail": [{"loc": ["body", "top_logprobs"], "msg": "Extra inputs are not permitted"}]},
+    ],
+)
+def test_likelihoods_are_given_up_together(error):
+    sent = Dialect().body(CONFIG, "p", max_tokens=9, alternatives=5)
+    assert (sent["logprobs"], sent["top_logprobs"]) == (True, 5)
+    learned = Dialect().learn(sent, num_samples=2, error=error)
+    assert learned == Dialect(unsent=("logprobs",))
+    plain = Dialect().body(CONFIG, "p", max_tokens=9)
+    assert learned.body(CONFIG, "p", max_tokens=9, alternatives=5) == plain
+    assert Dialect().learn(plain, num_samples=2, error=error) is None
+
+
 def test_every_part_can_be_given_up_once():
     dialect, error = Dialect(), "unsupported: max_tokens, temperature, top_p, 'n'"
     for _ in range(4):

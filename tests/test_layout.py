@@ -26,10 +26,10 @@ teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teac
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
-packing plain_packing batches scratch
-report.files report.marks report.phase report.round_summary report.summary report.settings
-report.cases report.style report.figures report.headline report.tables report.table_files
-report.published report.page
+packing plain_packing soft_targets batches scratch
+report.published report.files report.marks report.phase report.round_summary report.summary
+report.settings report.cases report.style report.figures report.headline report.tables
+report.table_files report.page
 ballot interrupts teaching syllabus training school
 plan.teacher plan.work plan.memory plan.savings plan.program plan.topology plan.fit plan.page
 rounds model_card exchange replay

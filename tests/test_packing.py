@@ -22,7 +22,7 @@ OBJECTIVES = [
 
 
 def expected_branches(item: Item, objective: Objective) -> tuple[tuple, tuple]:
-    anchor, positive, negative = item[1:]
+    anchor, positive, negative = item[1:4]
     if objective.reflection == "none":
         return (anchor,), ()
     if objective.reflection == "dpo":
@@ -89,7 +89,7 @@ def test_most_of_what_is_computed_is_useful_at_the_lengths_of_gsm8k():
         return (5,) * max(int(rng.lognormal(np.log(mean) - spread**2 / 2, spread)), 2)
 
     steps = [
-        [Item(text(62, 0.33), *(text(76, 0.317) for _ in range(3))) for _ in range(16)]
+        [Item(text(62, 0.33), text(76, 0.317), text(76, 0.317), text(76, 0.317)) for _ in range(16)]
         for _ in range(60)
     ]
     for shards in (1, 8):

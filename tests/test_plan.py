@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from fault_server import Behaviour, Call, Says, chat, choice, fault_server
+from fault_server import Behaviour, Call, Says, chat, choice, fault_server, good
 from paid_lesson import QUICK
 
 from distill_jax.config import Config, parse_config
+from distill_jax.config_file import override
 from distill_jax.plan.teacher import plan_lines, plan_teacher
+from distill_jax.progress import Progress
 from distill_jax.questions import load_questions
+from distill_jax.records import Rationale
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import ask_teacher
-from distill_jax.teaching import make_prompt
+from distill_jax.teaching import judge, make_prompt
 
 TASK = {"name": "arithmetic", "num_train": 20, "dev_fraction": 0.2, "num_test": 5}
 PAID = {"url": "https://x.example/v1", "price_usd": [1.0, 2.0], "budget_usd": 0.001}
@@ -66,6 +69,46 @@ def test_the_bounds_are_what_the_best_and_the_worst_server_make_of_it(
 
     sent, size = requests(tmp_path / "good", config(samples=3), answers)
     assert plan.requests.low == sent == 16 and plan.prompt_tokens.low == size / 5
+
+
+def judge_all(folder: Path, settings: Config, samples: int) -> list[int]:
+    """Bytes of the prompts that are sent if every answer is kept and judged."""
+    questions = load_questions(settings.task, seed=settings.seed, data_dir=folder)
+    train = [question for question in questions if question.split == "train"]
+    rows = [
+        Rationale(question.id, 1, index, f"{'so ' * 20}{index}", question.answer, "kept")
+        for question in train
+        for index in range(samples)
+    ]
+    with fault_server(good) as (server, url):
+        asked = settings.model_copy(
+            update={"teacher": settings.teacher.model_copy(update={"url": url})}
+        )
+        judge(asked, folder, train, rows, round_index=1, progress=Progress(quiet=True))
+    return [len(prompt.encode()) for prompt in server.prompts]
+
+
+def test_a_teacher_that_judges_is_asked_about_every_rationale(tmp_path: Path):
+    limited = {**PAID, "samples": 3, "per_minute": [10, 0]}
+    one, judging, both = (
+        plan_teacher(override(config(**limited), [f"train.rows=[{rows}]"]))
+        for rows in ("new", "new, judged", "new, own, judged")
+    )
+    sent = judge_all(tmp_path, config(samples=3), 3)
+    assert judging.requests.upper - one.requests.upper == len(sent) == 16 * 3
+    assert judging.requests.expected - one.requests.expected == 16 * 3 / 2
+    assert judging.requests.low - one.requests.low == 16
+    assert both.requests.upper - judging.requests.upper == 16 * 5  # greedy answers and 4 samples
+    own = plan_teacher(override(config(**limited), ["train.rows=[own, judged]", "rounds.max=4"]))
+    assert own.requests.expected == 16 * (1 + 3 / 2) + 16 * 4 * 5 / 2  # an exam in every round
+    rest = sum(sent) - 48 * len(f"{'so ' * 20}0")
+    assert judging.prompt_tokens.upper - one.prompt_tokens.upper == rest + 48 * (64 + 2 * 128)
+    for name in ("low", "expected", "upper"):
+        plans = (one, judging, both)
+        dollars = [getattr(plan.usd, name) for plan in plans]
+        times = [getattr(plan.minutes, name) for plan in plans]
+        counts = [getattr(plan.requests, name) for plan in plans]
+        assert dollars[0] < dollars[1] <= dollars[2] and times == [n / 10 for n in counts]
 
 
 def test_dollars_follow_the_price_and_grow_with_the_rounds():

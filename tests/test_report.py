@@ -30,7 +30,7 @@ from distill_jax.report.marks import Change, compare, mark, wilson
 from distill_jax.report.page import make_page, write_page
 from distill_jax.report.settings import beyond_paper
 from distill_jax.report.summary import status_json, summarise
-from distill_jax.report.tables import compare_table, print_runs, print_status
+from distill_jax.report.tables import compare_table, held_out_table, print_runs, print_status
 from distill_jax.run_folder import round_folder
 
 
@@ -270,6 +270,30 @@ def test_runs_side_by_side(run, tmp_path):
     out = io.StringIO()
     print_runs([summarise(run), summarise(other)], Console(file=out, width=200))
     assert "Runs side by side" in out.getvalue() and CAUTION in out.getvalue()
+
+
+def test_the_papers_number_stands_beside_ours_where_row_and_task_are_published(tmp_path):
+    folder = write_run(tmp_path / "specializing" / "seed=1", longest=100)
+    ours = write_run(tmp_path / "specializing" / "seed=2", longest=100)  # on arithmetic
+
+    def teach(task: str) -> None:
+        config = sample_config(folder, task={"name": task}, student={"model": "m"})
+        (folder / "config.yaml").write_text(to_yaml(config))
+
+    teach("svamp")
+    page = Page(make_page([folder, ours]))
+    table = held_out_table(summarise(folder))
+    assert table.columns[-1] == "paper"
+    assert [row[-1] for row in table.rows] == ["-"] * 4 + ["20.7%", "35.6%*"]
+    assert "20.7%" in page.words and page.words.count("35.6%*") == 2
+    both = compare_table([summarise(folder), summarise(ours)])
+    at = both.columns.index("paper")
+    assert both.columns[at - 1] == "95% interval"
+    assert [row[at] for row in both.rows] == ["35.6%*", "-"]
+    teach("csqa")  # which that row has no number for
+    for summary in (summarise(folder), summarise(ours)):
+        assert "paper" not in held_out_table(summary).columns
+        assert "paper" not in compare_table([summary]).columns
 
 
 def test_the_terminal_gets_words_only(run):

@@ -1,9 +1,11 @@
 """Rows of the comparison: each is settings of the one loop, and each count can be followed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from fault_server import Call, Says, chat, choice, error, fault_server
 
 from distill_jax import rounds, scratch
 from distill_jax.config import Config, ConfigError, parse_config
@@ -16,6 +18,7 @@ from distill_jax.report.summary import status_json, summarise
 from distill_jax.run_folder import read_json, read_records, read_rows
 from distill_jax.student.sharding import make_mesh
 from distill_jax.teacher.audit import read_totals
+from distill_jax.teacher.tutor import Tutor
 
 VALUES = {
     "folder": "-",
@@ -212,6 +215,46 @@ def test_a_test_question_is_never_taught(play, tmp_path: Path):
     assert "train_questions_overlapping" in report
 
 
+def test_likely_words_are_learnt_too_where_the_teacher_tells_them(play, tmp_path: Path):
+    hard = play("train.steps=[3]", f"folder={tmp_path / 'hard'}")
+    run = play("train.steps=[3]", "train.rows=[new, soft]", "tutor.wrong_rates=[0.3, 0.3]")
+    kept = [row for row in run.lesson() if row.verdict == "kept"]
+    assert all(row.pieces for row in kept) and not any(row.pieces for row in hard.lesson())
+    assert not any(row.pieces for row in run.lesson() if row.verdict != "kept")
+    facts, before = run.facts(), hard.facts()
+    assert facts["rows"] == len(kept) and before["soft_tokens"] == 0
+    assert len(kept) < facts["soft_tokens"] < facts["target_tokens"] / 2
+    (row,) = [row for row in run.json["rounds"] if row["round"] == 1]
+    assert row["soft_tokens"] == facts["soft_tokens"]
+    assert "Soft targets" in (run.folder / "report.html").read_text()
+    assert "Soft targets" not in (hard.folder / "report.html").read_text()
+    now = replay_run(run.folder)["rounds"]
+    assert [entry["changed"] for entry in now] == [0]
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_teacher_that_tells_no_likelihoods_teaches_hard_words(play, tmp_path, status: int):
+    questions = load_questions(BASE.task, seed=BASE.seed, data_dir=tmp_path)
+    tutor = Tutor(questions, tutor=BASE.tutor, seed=BASE.seed)
+
+    def refuse(call: Call) -> Says:
+        if "logprobs" in call.body:
+            return error(status, message="You are not allowed to request logprobs from this model")
+        texts = tutor.answer(call.prompt, samples=call.n) or []
+        return Says(body=chat(call, choices=[choice(t, index=i) for i, t in enumerate(texts)]))
+
+    with fault_server(refuse) as (server, url):
+        run = play(
+            *("train.steps=[1]", "train.rows=[new, soft]", f"teacher.url={url}"),
+            *("teacher.model=m", "teacher.concurrency=2"),
+        )
+    refused = [call for call in server.calls if "logprobs" in call.body]
+    assert 1 <= len(refused) <= 2  # what was on its way when the first was refused
+    assert len(server.calls) == len(run.train) + len(refused)
+    assert run.facts()["rows"] > 0 and run.facts()["soft_tokens"] == 0
+    assert re.search(r"Soft targets.*0\.0%", (run.folder / "report.html").read_text(), re.S)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -219,7 +262,9 @@ def test_a_test_question_is_never_taught(play, tmp_path: Path):
         (["teacher.url=self", "teacher.samples=4"], "3 in all; got teacher.samples=4"),
         (["train.targets=[answer, rationale]"], "put rationale first"),
         (["teacher.url=self", "train.targets=[answer]"], "put rationale first"),
-        (["train.rows=[judged]"], "name new, old or own beside it"),
+        (["train.rows=[judged]"], "put new, old or own beside judged"),
+        (["train.rows=[new, soft]", "teacher.url=self"], "a teacher other than the student"),
+        (["train.rows=[new, soft]", "train.targets=[answer]"], "rationale among train.targets"),
         (["train.rows=[new, judged]", "teacher.url=self"], "other than the student"),
     ],
 )

@@ -228,6 +228,30 @@ def test_likelihood_objectives_equal_those_in_pytorch(reflection, tmp_path):
     assert_close({name: p.detach().numpy() for name, p in found.items()}, expected, 1e-5)
 
 
+@pytest.mark.parametrize("reflection", ["triplet", "ranking"])
+def test_a_soft_target_costs_what_its_parts_cost_as_hard_ones(reflection):
+    rng, params = np.random.default_rng(5), make_params(LLAMA)
+    samples = [
+        item._replace(others=tuple(((int(rng.integers(301)), rng.random()),) for _ in item.anchor))
+        for item in make_samples(8, 301, 4)
+    ]
+    hard = Objective(reflection=reflection)
+    batch = make_batch(samples, 4, Objective(reflection=reflection, alternatives=1))
+    grads, figures = compute(LLAMA, params, batch, hard)
+    assert batch.others is not None and batch.shares is not None
+    share = batch.shares[..., 0]
+    plain = batch._replace(others=None, shares=None)
+    parts = [
+        plain._replace(weights=batch.weights * (1 - share)),
+        plain._replace(targets=batch.others[..., 0], weights=batch.weights * share),
+    ]
+    (first, one), (_, two) = (compute(LLAMA, params, part, hard) for part in parts)
+    np.testing.assert_allclose(figures["lm_loss"], one["lm_loss"] + two["lm_loss"], rtol=1e-5)
+    np.testing.assert_array_equal(figures["reflection_loss"], one["reflection_loss"])
+    still = compute(LLAMA, params, parts[1], Objective(reflection="none"))[0]
+    assert_close(grads, jax.tree.map(jnp.add, first, still), 1e-5)
+
+
 def test_remat_changes_what_is_kept_and_not_the_gradient():
     params, objective = make_params(LLAMA), Objective()
     batch = make_batch(make_samples(6, 301, 4), 4, objective)

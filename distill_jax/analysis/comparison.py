@@ -1,6 +1,6 @@
 """Rows of finished runs side by side, and whether their differences mean anything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,9 @@ def rows_table(rows: Sequence[Row], split: Split) -> Table:
     )
     note = (
         "Means over seeds. Steps, requests and answers are those of all rounds; a request is a "
-        "question that the teacher was asked about. The paper's number is that of the row whose "
-        "name a row begins with, on the same task, with another student and another teacher."
+        "question that the teacher was asked about, or a rationale that it judged. The paper's "
+        "number is that of the row whose name a row begins with, on the same task, with another "
+        "student and another teacher."
     )
     return Table(f"Accuracy on {split}", columns, cells, note)
 
@@ -215,27 +216,32 @@ def _split_notes(split: Split) -> list[str]:
 
 
 def _budget_notes(rows: Sequence[Row]) -> list[str]:
-    """A warning for every row that had more or less than the first one."""
+    """A warning for everything that a row had more or less of than the first one, in any pair."""
     notes = []
     for index, row in enumerate(rows[1:], start=1):
-        unequal = [
-            f"{_times(mine, first)} the {what} ({mine:,.0f} against {first:,.0f})"
-            for what, mine, first in (
-                ("optimisation steps", row.steps, rows[0].steps),
-                ("answers of the teacher", row.answers, rows[0].answers),
-            )
-            if mine != first
-        ]
-        if unequal:
-            notes.append(
-                f"Not an equal comparison: {letter(index)} ({row.name}) had "
-                f"{' and '.join(unequal)} of A ({rows[0].name})."
-            )
+        pairs = pair_runs(rows[0], row)
+        for what, amount in _BUDGETS.items():
+            amounts = [(amount(one), amount(two)) for one, two in pairs]
+            unequal = sum(one != two for one, two in amounts)
+            if unequal:
+                first, mine = (sum(values) / len(pairs) for values in zip(*amounts, strict=True))
+                notes.append(
+                    f"Not at equal {what}: {letter(index)} ({row.name}) had {mine:,.1f} against "
+                    f"{first:,.1f} of A ({rows[0].name}){_times(mine, first)}; "
+                    f"{unequal} of {len(pairs)} pairs differ."
+                )
     return notes
 
 
+_BUDGETS: Mapping[str, Callable[[Run], int]] = {
+    "steps": lambda run: sum(run.steps),
+    "requests": lambda run: sum(run.requests),
+    "answers asked": lambda run: sum(run.answers),
+}
+
+
 def _times(mine: float, first: float) -> str:
-    return f"{mine / first:.2f} times" if first else "more than none of"
+    return f", {mine / first:.2f} times as many" if first and mine != first else ""
 
 
 def _seed_notes(rows: Sequence[Row]) -> list[str]:

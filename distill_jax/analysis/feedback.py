@@ -8,11 +8,12 @@ from typing import Any
 from distill_jax.analysis.comparison import difference_cells, difference_json
 from distill_jax.analysis.findings import Findings
 from distill_jax.analysis.paired import Difference, compare_rows
-from distill_jax.analysis.pooled import Run, identity, question_key, read_run, row_name
+from distill_jax.analysis.pooled import Run, identity, question_key, read_run
 from distill_jax.records import Question, Rationale
 from distill_jax.report.headline import percent
 from distill_jax.report.marks import wilson
 from distill_jax.report.published import TABLE_3
+from distill_jax.report.summary import row_name
 from distill_jax.report.tables import Table
 from distill_jax.run_folder import read_records
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -14,14 +13,13 @@ import numpy as np
 from distill_jax.analysis.paired import accuracy_interval
 from distill_jax.config import Config, knobs
 from distill_jax.config_file import load_config
-from distill_jax.progress import one_line
 from distill_jax.records import Attempt, Question, Rationale, Split
 from distill_jax.report.files import round_folders
 from distill_jax.report.marks import greedy, mark
 from distill_jax.report.published import published_accuracy, published_row
+from distill_jax.report.summary import row_name
 from distill_jax.run_folder import FREE_TO_CHANGE, read_json, read_records, read_round
-
-_SEED = re.compile(r"(?:^|[-_, ])seed[=_-]?\d+")
+from distill_jax.syllabus import read_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Run:
       config: Its settings.
       chosen_round: The round whose student is the result.
       steps: Updates by round, from 1.
-      requests: Questions that the teacher was asked about, by round.
+      requests: Questions that the teacher was asked about, and rationales that it judged, by round.
       answers: Answers that it was asked for, by round.
       marks: Right or wrong, by question, of the chosen student.
       groups: The kind of each question, by question.
@@ -102,7 +100,7 @@ class Row:
 
     @property
     def requests(self) -> float:
-        """Questions that the teacher was asked about, the mean over seeds."""
+        """What the teacher was asked to explain or to judge, the mean over seeds."""
         return float(np.mean([sum(run.requests) for run in self.runs]))
 
     @property
@@ -143,15 +141,19 @@ def read_run(folder: Path, split: Split = "test") -> Run:
     # without a ledger nobody outside was asked: the lessons are the student's own
     asked = (folder / "ledger.sqlite").exists()
     lessons = [_read_lesson(place) if asked else [] for _, place in later]
+    config = load_config(folder / "config.yaml")
     keys = {
         attempt.question_id: question_key(questions[attempt.question_id]) for attempt in attempts
     }
     return Run(
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=config,
         chosen_round=chosen,
         steps=tuple(read_round(folder, index).get("steps", 0) for index, _ in later),
-        requests=tuple(len({row.question_id for row in lesson}) for lesson in lessons),
+        requests=tuple(
+            len({row.question_id for row in lesson}) + _count_judged(config, place)
+            for lesson, (_, place) in zip(lessons, later, strict=True)
+        ),
         answers=tuple(map(len, lessons)),
         marks={keys[attempt.question_id]: attempt.correct for attempt in attempts},
         groups={key: questions[name].group for name, key in keys.items()},
@@ -162,6 +164,13 @@ def read_run(folder: Path, split: Split = "test") -> Run:
 def _read_lesson(folder: Path) -> list[Rationale]:
     path = folder / "lesson.jsonl"
     return read_records(path, Rationale) if path.exists() else []
+
+
+def _count_judged(config: Config, folder: Path) -> int:
+    """Rationales of a round that the teacher was asked to judge; equal ones are asked once."""
+    if not (folder / "judged.jsonl").exists():
+        return 0
+    return len({(row.question_id, row.text) for row in read_sources(config, folder)})
 
 
 def question_key(question: Question) -> str:
@@ -200,22 +209,6 @@ def identity(config: Config, *, besides: Sequence[str] = ()) -> str:
 
 def _show(config: Config, name: str) -> str:
     return str(reduce(getattr, name.split("."), config))
-
-
-def row_name(folder: Path) -> str:
-    """What a run is called, without its seed.
-
-    Example:
-      >>> row_name(Path("runs/lab/one_round/seed=3")), row_name(Path("runs/quickstart-seed2"))
-      ('one_round', 'quickstart')
-      >>> row_name(Path("runs/weights/reflection.weight=0.5,seed=1"))
-      'weights/reflection.weight=0.5'
-    """
-    path = folder.resolve()
-    name = _SEED.sub("", path.name)
-    if "=" in name or not name:
-        name = f"{path.parent.name}/{name}".removesuffix("/")
-    return one_line(name)
 
 
 def pair_runs(before: Row, after: Row) -> list[tuple[Run, Run]]:

@@ -15,11 +15,12 @@ import numpy as np
 from distill_jax.analysis.findings import Findings
 from distill_jax.analysis.paired import bootstrap
 from distill_jax.analysis.paths import Paths, Scores, gather_paths, score_paths
-from distill_jax.analysis.pooled import read_run, row_name
+from distill_jax.analysis.pooled import read_run
 from distill_jax.progress import Progress
 from distill_jax.report.figures import letter
 from distill_jax.report.headline import NOT_KNOWN
 from distill_jax.report.published import TABLE_4
+from distill_jax.report.summary import row_name
 from distill_jax.report.tables import Table
 from distill_jax.school import find_base, open_student
 

@@ -21,11 +21,12 @@ from sklearn.preprocessing import StandardScaler
 
 from distill_jax.analysis.findings import Findings
 from distill_jax.analysis.paths import Scores, gather_paths
-from distill_jax.analysis.pooled import read_run, row_name
+from distill_jax.analysis.pooled import read_run
 from distill_jax.analysis.reflection import read_with
 from distill_jax.progress import Progress
 from distill_jax.report.figures import letter
 from distill_jax.report.style import colour, marker, new_figure, styled
+from distill_jax.report.summary import row_name
 from distill_jax.report.tables import Table
 
 SEED = 42

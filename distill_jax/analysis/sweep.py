@@ -19,6 +19,7 @@ import yaml
 
 from distill_jax.config import Config, ConfigError
 from distill_jax.config_file import load_config
+from distill_jax.endings import INTERRUPTED
 from distill_jax.progress import Progress
 from distill_jax.run_folder import open_run
 
@@ -126,15 +127,21 @@ def run_sweep(members: Sequence[Member], progress: Progress) -> list[Member]:
 
 
 def _run(member: Member) -> int:
-    """The exit code of a member's run in a process of its own, which hears our interrupts once."""
+    """The exit code of a member's run in a process of its own, which hears our interrupts once.
+
+    An interrupted one counts as that however it ended: it may have been struck as it began.
+    """
     command = [sys.executable, "-m", "distill_jax", "run", str(member.folder / "config.yaml")]
     process = subprocess.Popen(
         [*command, "--json"], stdout=subprocess.DEVNULL, start_new_session=True
     )
+    interrupted = False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return INTERRUPTED if interrupted else code
         except KeyboardInterrupt:
+            interrupted = True
             process.send_signal(signal.SIGINT)
 
 

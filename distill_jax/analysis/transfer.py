@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from distill_jax.analysis.findings import Findings
-from distill_jax.analysis.pooled import read_run, row_name
+from distill_jax.analysis.pooled import read_run
 from distill_jax.config import Config
 from distill_jax.config_file import override
 from distill_jax.progress import Progress, one_line
 from distill_jax.report.headline import NOT_KNOWN, percent
 from distill_jax.report.published import TABLE_11, TASKS
+from distill_jax.report.summary import row_name
 from distill_jax.report.tables import Table
 from distill_jax.run_folder import read_json, write_json
 from distill_jax.school import examine

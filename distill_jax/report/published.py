@@ -178,6 +178,19 @@ def published_accuracy(row: str, task: str) -> float | None:
     return TABLE_1[row].accuracy[TASKS.index(task)]
 
 
+def published_words(row: str, task: str) -> str | None:
+    """The same for readers, with a star where its authors copied it from another paper.
+
+    Example:
+      >>> published_words("star", "gsm8k"), published_words("star", "svamp")
+      ('10.7%*', '26.7%')
+    """
+    accuracy = published_accuracy(row, task)
+    if accuracy is None:
+        return None
+    return f"{accuracy:.1f}%" + "*" * (task in TABLE_1[row].copied)
+
+
 def published_row(name: str) -> str:
     """The row of table 1 that a run's name begins with, or `""`; the longest such row.
 

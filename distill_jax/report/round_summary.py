@@ -63,6 +63,8 @@ class RoundSummary:
       lesson: What the teacher gave.
       rows: Rationales trained on.
       pairs: Rows that had both a positive and a negative to reflect on.
+      target_tokens: Tokens to be written, over all rows.
+      soft_tokens: Those of them that share their place with what else the teacher found likely.
       steps: Updates.
       dropped_rows: Rationales that were kept but not trained on, by reason.
       seconds: By stage, over all interruptions.
@@ -77,6 +79,8 @@ class RoundSummary:
     lesson: LessonCounts | None
     rows: int | None
     pairs: int | None
+    target_tokens: int | None
+    soft_tokens: int | None
     steps: int | None
     dropped_rows: Mapping[str, int]
     seconds: Mapping[str, float | int]
@@ -115,6 +119,8 @@ def read_rounds(folder: Path, questions: Mapping[str, Question]) -> tuple[RoundS
                 lesson=count_lesson(lesson) if lesson else None,
                 rows=trained.get("rows"),
                 pairs=trained.get("pairs"),
+                target_tokens=trained.get("target_tokens"),
+                soft_tokens=trained.get("soft_tokens"),
                 steps=trained.get("steps"),
                 dropped_rows=trained.get("dropped_rows", {}),
                 seconds=facts.get("seconds", {}),
@@ -160,6 +166,8 @@ def round_json(entry: RoundSummary) -> dict[str, Any]:
         "dev_accuracy": entry.dev_accuracy,
         "train_error_rate": entry.train_error_rate,
         "rows": entry.rows,
+        "target_tokens": entry.target_tokens,
+        "soft_tokens": entry.soft_tokens,
         "steps": entry.steps,
         "seconds": entry.total_seconds,
         "seconds_by_stage": dict(entry.seconds),

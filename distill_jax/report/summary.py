@@ -1,5 +1,6 @@
 """One run in numbers, read from its folder at any moment of its life."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ from typing import Any
 
 from distill_jax.config import Config
 from distill_jax.config_file import load_config
+from distill_jax.progress import one_line
 from distill_jax.records import Attempt, Question
 from distill_jax.report.files import read_stage
 from distill_jax.report.marks import Change, compare, greedy
 from distill_jax.report.phase import Phase, read_phase
+from distill_jax.report.published import published_row, published_words
 from distill_jax.report.round_summary import (
     Exam,
     RoundSummary,
@@ -23,6 +26,8 @@ from distill_jax.report.round_summary import (
 )
 from distill_jax.run_folder import read_json
 from distill_jax.teacher.audit import Totals, read_totals
+
+_SEED = re.compile(r"(?:^|[-_, ])seed[=_-]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,17 @@ class Summary:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    def paper_words(self, round_index: int) -> str | None:
+        """The paper's test accuracy after a round, in percent; None if it has no such number.
+
+        The result is the row of its table 1 that the run is called after, on the same task; where
+        that has a number, so has the untrained student.
+        """
+        row, task = published_row(row_name(self.folder)), self.config.task.name
+        if self.chosen_round is None or not published_words(row, task):
+            return None
+        return published_words(row if round_index == self.chosen_round else "student", task)
+
     @property
     def spent_usd(self) -> float:
         """US dollars spent or possibly spent."""
@@ -71,6 +87,22 @@ class Summary:
         """The round with the best dev accuracy so far, the earliest of equals."""
         sat = [entry for entry in self.rounds if entry.dev_accuracy is not None]
         return max(sat, key=lambda entry: entry.dev_accuracy or 0.0, default=None)
+
+
+def row_name(folder: Path) -> str:
+    """What a run is called, without its seed.
+
+    Example:
+      >>> row_name(Path("runs/lab/one_round/seed=3")), row_name(Path("runs/quickstart-seed2"))
+      ('one_round', 'quickstart')
+      >>> row_name(Path("runs/weights/reflection.weight=0.5,seed=1"))
+      'weights/reflection.weight=0.5'
+    """
+    path = folder.resolve()
+    name = _SEED.sub("", path.name)
+    if "=" in name or not name:
+        name = f"{path.parent.name}/{name}".removesuffix("/")
+    return one_line(name)
 
 
 def summarise(folder: Path) -> Summary:

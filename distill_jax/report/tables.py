@@ -23,6 +23,10 @@ from distill_jax.report.marks import Marks
 from distill_jax.report.round_summary import VERDICTS, RoundSummary
 from distill_jax.report.summary import Summary
 
+PAPER_NOTE = (
+    " The paper's number is that of the row which the run is called after, on the same task, with "
+    "another student and another teacher; with a star it was copied from others."
+)
 PLAIN_WIDTH = 200  # columns where there is no terminal: nothing wraps
 
 
@@ -129,6 +133,30 @@ def dropped_table(summary: Summary) -> Table:
     return Table("Kept, but not trained on", ("round", "reason", "rows"), rows)
 
 
+def soft_table(summary: Summary) -> Table:
+    """How much of what is written was learnt as several tokens, for a run that asks for it."""
+    rows = tuple(
+        (
+            str(entry.round_index),
+            _count(entry.rows),
+            _count(entry.target_tokens),
+            _count(entry.soft_tokens),
+            percent((entry.soft_tokens or 0) / entry.target_tokens),
+        )
+        for entry in summary.rounds
+        if entry.target_tokens and "soft" in summary.config.train.rows
+    )
+    return Table(
+        title="Soft targets",
+        columns=("round", "rows", "tokens to be written", "soft", "share"),
+        rows=rows,
+        note=(
+            "A token is soft where the teacher said what else it found likely there, and its "
+            "token and another are tokens of the student, too. All others are hard."
+        ),
+    )
+
+
 def groups_table(summary: Summary) -> Table:
     """Dev accuracy by group of questions, round by round: forgetting shows here."""
     sat = [entry for entry in summary.rounds if entry.dev and entry.dev.groups]
@@ -146,14 +174,24 @@ def held_out_table(summary: Summary) -> Table:
     """Every finished exam on held-out questions, by our rule and by the original code's."""
     exams = [("dev", entry.round_index, entry.dev.marks) for entry in summary.rounds if entry.dev]
     exams += [("test", index, exam.marks) for index, exam in summary.test.items()]
+    papers = {("test", index): summary.paper_words(index) for index in summary.test}
+    known = any(papers.values())
     return Table(
         title="Held-out questions, marked by both rules",
         columns=(
             *("exam", "round", "questions", "right", "accuracy", "95% interval"),
             *("original code's rule", "unreadable", "cut"),
+            *(["paper"] if known else []),
         ),
-        rows=tuple((split, str(index), *_marks(marks)) for split, index, marks in exams),
-        note="The original code compares the answers' letters; we compare what they mean.",
+        rows=tuple(
+            (
+                *(split, str(index), *_marks(marks)),
+                *([papers.get((split, index)) or NOT_KNOWN] if known else []),
+            )
+            for split, index, marks in exams
+        ),
+        note="The original code compares the answers' letters; we compare what they mean."
+        + PAPER_NOTE * known,
     )
 
 
@@ -171,7 +209,7 @@ def _marks(marks: Marks) -> tuple[str, ...]:
 
 def compare_table(summaries: Sequence[Summary]) -> Table:
     """Several runs side by side."""
-    rows = []
+    rows, papers = [], [summary.paper_words(summary.chosen_round or 0) for summary in summaries]
     for index, summary in enumerate(summaries):
         lessons = [entry.lesson for entry in summary.rounds if entry.lesson]
         exams = list(summary.test.values())
@@ -187,6 +225,7 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
                 percent(exams[0].marks.accuracy if exams else None),
                 percent(after.accuracy if after else None),
                 interval(after) if after else NOT_KNOWN,
+                *([papers[index] or NOT_KNOWN] if any(papers) else []),
                 _count(sum(entry.steps or 0 for entry in summary.rounds)),
                 _count(sum(lesson.num_asked for lesson in lessons)),
                 f"${summary.spent_usd:,.4f}",
@@ -196,10 +235,13 @@ def compare_table(summaries: Sequence[Summary]) -> Table:
         title="Runs side by side",
         columns=(
             *("run", "name", "phase", "rounds", "best dev", "test before", "test after"),
-            *("95% interval", "training steps", "answers asked", "spent"),
+            "95% interval",
+            *(["paper"] if any(papers) else []),
+            *("training steps", "answers asked", "spent"),
         ),
         rows=tuple(rows),
-        note="Runs can be compared as to a cause only at equal training steps and answers asked.",
+        note="Runs can be compared as to a cause only at equal training steps and answers asked."
+        + PAPER_NOTE * any(papers),
     )
 
 
@@ -207,7 +249,7 @@ def run_tables(summary: Summary) -> list[Table]:
     """All tables of one run that have something to show."""
     makers = (
         *(rounds_table, held_out_table, groups_table),
-        *(mistakes_table, lessons_table, dropped_table),
+        *(mistakes_table, lessons_table, dropped_table, soft_table),
     )
     return [table for table in (make(summary) for make in makers) if table.rows]
 

@@ -1,11 +1,12 @@
 """What the student is trained to make small: pure functions of arrays.
 
-Letters: B rows, L tokens, D width, V vocabulary, S row shards, T token states of a shard.
+Letters: B rows, L tokens, D width, V vocabulary, S row shards, T token states of a shard, K other
+tokens that might stand in a token's place.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,34 +20,45 @@ Logits = Callable[[Any, Float[Array, "*rows D"]], Float[Array, "*rows V"]]
 """Maps the weights of the head, and states, to float32 logits."""
 
 
+class SoftTargets(NamedTuple):
+    """Targets that share their places with other tokens; shares of 0 leave a target hard."""
+
+    tokens: Int[Array, "S T"]  # each has what the others leave of 1
+    others: Int[Array, "S T K"]
+    shares: Float[Array, "S T K"]
+
+
+Targets = Int[Array, "S T"] | SoftTargets
+
+
 def prediction_costs(
     hidden: Float[Array, "S T D"],
-    targets: Int[Array, "S T"],
+    targets: Targets,
     head: Any,
     logits: Logits,
     *,
     chunk: int = CHUNK,
 ) -> Float[Array, "S T"]:
-    """`-log p(target)` of every token state, in float32.
+    """`-log p(target)` of every token state, in float32; of soft ones the cross-entropy.
 
     Logits are made, used and forgotten a chunk at a time, in the backward pass too, so that no
     array of T by V values is ever alive.
 
     Args:
       hidden: States after the final norm; the rows of axis S are cut up alike.
-      targets: The token that each state has to predict.
+      targets: The token that each state has to predict, or several with their shares.
       head: The weights that `logits` reads.
       logits: What scores states.
       chunk: States of a row per chunk, at least 1.
     """
     cost = jax.checkpoint(lambda part: _costs(logits, head, *part))
-    costs = jax.lax.map(cost, (_cut(hidden, chunk), _cut(targets, chunk)))
-    return costs.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
+    costs = jax.lax.map(cost, _cut((hidden, targets), chunk))
+    return costs.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
 
 
 def prediction_loss(
     hidden: Float[Array, "S T D"],
-    targets: Int[Array, "S T"],
+    targets: Targets,
     head: Any,
     logits: Logits,
     weights: Float[Array, "S T"],
@@ -65,22 +77,21 @@ def prediction_loss(
     Source:
       Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), section 3.2.
     """
-    parts = tuple(_cut(x, chunk) for x in (hidden, targets, weights))
-    return _loss(logits, head, *parts)
+    return _loss(logits, head, *_cut((hidden, targets, weights), chunk))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(logits: Logits, head: Any, hidden: Array, targets: Array, weights: Array) -> Array:
-    def loss(part: tuple[Array, Array, Array]) -> Array:
+def _loss(logits: Logits, head: Any, hidden: Array, targets: Any, weights: Array) -> Array:
+    def loss(part: tuple[Array, Any, Array]) -> Array:
         return jnp.sum(part[2] * _costs(logits, head, *part[:2]))
 
     return jnp.sum(jax.lax.map(loss, (hidden, targets, weights)))
 
 
 def _loss_forward(
-    logits: Logits, head: Any, hidden: Array, targets: Array, weights: Array
+    logits: Logits, head: Any, hidden: Array, targets: Any, weights: Array
 ) -> tuple[Array, tuple[Any, Array]]:
-    def add(total: tuple[Array, Any], part: tuple[Array, Array, Array]):
+    def add(total: tuple[Array, Any], part: tuple[Array, Any, Array]):
         def loss(head: Any, hidden: Array) -> Array:
             return jnp.sum(part[2] * _costs(logits, head, hidden, part[1]))
 
@@ -102,20 +113,28 @@ def _loss_backward(
 _loss.defvjp(_loss_forward, _loss_backward)
 
 
-def _costs(logits: Logits, head: Any, hidden: Array, targets: Array) -> Array:
+def _costs(logits: Logits, head: Any, hidden: Array, targets: Any) -> Array:
     scores = logits(head, hidden)
-    found = jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(scores, axis=-1) - found
+    tokens = targets.tokens if isinstance(targets, SoftTargets) else targets
+    found = jnp.take_along_axis(scores, tokens[..., None], axis=-1)
+    if isinstance(targets, SoftTargets):
+        others = jnp.take_along_axis(scores, targets.others, axis=-1)
+        found += jnp.sum(targets.shares * (others - found), axis=-1, keepdims=True)
+    return jax.nn.logsumexp(scores, axis=-1) - found[..., 0]
 
 
-def _cut(array: Array, chunk: int) -> Array:
-    """[S, T, ...] to [chunks, S, at most `chunk`, ...], padded with zeros."""
-    shards, length = array.shape[:2]
-    num_chunks = -(-length // chunk)
-    size = -(-length // num_chunks)
-    padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (array.ndim - 2)
-    padded = jnp.pad(array, padding)
-    return padded.reshape(shards, num_chunks, size, *array.shape[2:]).swapaxes(0, 1)
+def _cut(arrays: Any, chunk: int) -> Any:
+    """Each [S, T, ...] to [chunks, S, at most `chunk`, ...], padded with zeros."""
+
+    def cut(array: Array) -> Array:
+        shards, length = array.shape[:2]
+        num_chunks = -(-length // chunk)
+        size = -(-length // num_chunks)
+        padding = [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * (array.ndim - 2)
+        padded = jnp.pad(array, padding)
+        return padded.reshape(shards, num_chunks, size, *array.shape[2:]).swapaxes(0, 1)
+
+    return jax.tree.map(cut, arrays)
 
 
 def last_state(hidden: Float[Array, "B L D"], mask: Bool[Array, "B L"]) -> Float[Array, "B D"]:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from distill_jax.student.losses import (
+    SoftTargets,
+    Targets,
     dpo_costs,
     prediction_costs,
     prediction_loss,
@@ -43,6 +45,7 @@ class Objective:
       beta: Of DPO: how much a log ratio counts.
       prefix_gradient: Whether the triplet loss's gradient reaches the prompt's states. The value
         is the same either way; the original code cuts it, the paper's equation does not.
+      alternatives: How many other tokens may share the place of a target; 0: targets are hard.
     """
 
     prompt_weight: float = 0.1
@@ -51,6 +54,7 @@ class Objective:
     margin: float = 1.0
     beta: float = 0.1
     prefix_gradient: bool = False
+    alternatives: int = 0
 
 
 class Losses(NamedTuple):
@@ -73,7 +77,8 @@ def losses(
 
     The language-modelling loss weighs `-log p` of every token of demonstrations, question and
     rationale but the very first: `prompt_weight` in the prompt, 1 in the target. The shared
-    demonstrations have one value in all rows and are counted once per real row.
+    demonstrations have one value in all rows and are counted once per real row. Where a target
+    shares its place with others, the cross-entropy with their shares stands in for `-log p`.
 
     Args:
       config: What the student looks like.
@@ -91,7 +96,7 @@ def losses(
         return _compare_likelihoods(
             config, params, batch, objective, hidden, states=states, reference=reference
         )
-    lm = prediction_loss(*_predictions(config, params, batch, hidden), batch.weights)
+    lm = _lm_loss(config, params, batch, hidden)
     if objective.reflection == "none":
         return Losses(lm, jnp.zeros((), jnp.float32))
     ends = jax.vmap(lambda line, where: line[where])(hidden, batch.ends)
@@ -114,7 +119,8 @@ def _compare_likelihoods(
 ) -> Losses:
     """The losses of ranking and DPO, from `-log p` of every target."""
     costs = prediction_costs(*_predictions(config, params, batch, hidden))
-    lm = jnp.sum(batch.weights * costs)
+    soft = batch.others is not None
+    lm = _lm_loss(config, params, batch, hidden) if soft else jnp.sum(batch.weights * costs)
     anchor, negative, lengths = _likelihoods(batch, costs)
     if objective.reflection == "ranking":
         reflection = ranking_costs(
@@ -162,6 +168,16 @@ def _predictions(
     """The states that predict something, what, and how their logits are made."""
     first = hidden[:, : batch.targets.shape[1]]
     return first, batch.targets, head_params(config, params), partial(logits, config)
+
+
+def _lm_loss(
+    config: ModelConfig, params: Params, batch: AnyBatch, hidden: Float[Array, "S T D"]
+) -> Float[Array, ""]:
+    first, tokens, head, score = _predictions(config, params, batch, hidden)
+    targets: Targets = tokens
+    if batch.others is not None and batch.shares is not None:
+        targets = SoftTargets(tokens, batch.others, batch.shares)
+    return prediction_loss(first, targets, head, score, batch.weights)
 
 
 def _likelihoods(

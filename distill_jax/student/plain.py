@@ -5,7 +5,8 @@ are computed once per question, for all texts that answer it, but nothing is sha
 The language-modelling loss weighs the decoder's tokens only, as nobody predicts the prompt.
 
 Letters: M microbatches, S row shards of the mesh, B rows of a shard, L prompt tokens, J answers of
-a row, R their tokens, T the decoder's tokens of a shard, C the first of them, D width.
+a row, R their tokens, T the decoder's tokens of a shard, C the first of them, N other tokens for
+one of these, D width.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class PlainBatch(NamedTuple):
     ends: Int[Array, "M S B 3"]
     valid: Bool[Array, "M S B"]
     counts: Counts
+    others: Int[Array, "M S C N"] | None = None
+    shares: Float[Array, "M S C N"] | None = None
 
 
 AnyBatch = Batch | PlainBatch

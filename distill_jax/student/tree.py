@@ -11,8 +11,9 @@ product for the whole line. Only attention within questions and branches goes ov
 tokens are copied into and back from.
 
 Letters: M microbatches, S row shards of the mesh, T tokens of a shard's line, C the first of them,
-P the first of those, B rows of a shard, J and K branches of a row, Q question tokens, R branch
-tokens, X tokens of some rectangle, W tokens attended to, n heads, H head dim, D width.
+P the first of those, N other tokens for one, B rows of a shard, J and K branches of a row, Q
+question tokens, R branch tokens, X tokens of some rectangle, W tokens attended to, n heads, H head
+dim, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ class Batch(NamedTuple):
     ends: Int[Array, "M S B 3"]  # where the last tokens of anchor, positive and negative stand
     valid: Bool[Array, "M S B"]  # has all that reflection compares
     counts: Counts
+    others: Int[Array, "M S C K"] | None = None  # what might stand in a target's place, if that
+    shares: Float[Array, "M S C K"] | None = None  # is known, and its share of the prediction
 
 
 def tree_states(

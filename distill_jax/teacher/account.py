@@ -66,11 +66,14 @@ class Ask:
       prompt: The text, of one question.
       slots: Which samples of it. A slot is asked once; another one is another sample.
       longer: Whether they may have twice the usual number of tokens: those asked before were cut.
+      alternatives: How many likely tokens the teacher is to name for each one it says, at most 20;
+        0 asks for no probabilities. It may refuse.
     """
 
     prompt: str
     slots: tuple[int, ...]
     longer: bool = False
+    alternatives: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,9 @@ class Account:
             "endpoint": self.endpoint,
             "api": "chat.completions",
             "prompt_version": PROMPT_VERSION,
-            "body": self.dialect.body(config, ask.prompt, max_tokens=max_tokens),
+            "body": self.dialect.body(
+                config, ask.prompt, max_tokens=max_tokens, alternatives=ask.alternatives
+            ),
         }
         key, size = request_key(identity), len(ask.prompt.encode())
         return Request(identity, key, ask.slots, max_tokens, size)
@@ -165,7 +170,8 @@ class Account:
 
     def speaks_otherwise(self, sent: Mapping[str, Any], *, num_samples: int) -> bool:
         """Whether a body that was sent would be another one now."""
-        now = self.dialect.body(self._config, "", max_tokens=1)
+        wanted = sent.get("top_logprobs", 0)
+        now = self.dialect.body(self._config, "", max_tokens=1, alternatives=wanted)
         return set(sent) - {"n"} != set(now) or (num_samples > 1 and self.dialect.one_by_one)
 
     def speak(self, ledger: Ledger, dialect: Dialect) -> None:

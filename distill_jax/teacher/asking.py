@@ -254,12 +254,11 @@ class Asking:
     ) -> bool:
         """Whether a refusal that concerns every prompt can be helped: another dialect or key."""
         account = self._desk.account
-        if isinstance(end, RequestRefused):
-            return await self._desk.clerk.write(
-                lambda ledger: account.learn(
-                    ledger, request.body, num_samples=num_samples, error=error
-                )
-            )
+        # some refuse a parameter with the status that others keep for keys
+        if isinstance(end, RequestRefused | CredentialsRefused) and await self._desk.clerk.write(
+            lambda ledger: account.learn(ledger, request.body, num_samples=num_samples, error=error)
+        ):
+            return True
         if isinstance(end, CredentialsRefused):
             async with self._key_lock:
                 if account.secret.value != key:

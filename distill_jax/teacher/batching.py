@@ -24,6 +24,7 @@ from distill_jax.teacher.batch_book import Batch
 from distill_jax.teacher.governor import Tries
 from distill_jax.teacher.ledger import Ledger, Stored
 from distill_jax.teacher.reply import (
+    CredentialsRefused,
     Fault,
     RequestRefused,
     TeacherError,
@@ -259,7 +260,7 @@ class Batching:
         else:
             end = Fault("server error", json.dumps(error), billed=False)
         await desk.clerk.write(lambda ledger: account.fail(ledger, intent, end))
-        if isinstance(end, RequestRefused):
+        if isinstance(end, RequestRefused | CredentialsRefused):
             learned = await desk.clerk.write(
                 lambda ledger: account.learn(ledger, body, num_samples=len(slots), error=error)
             )

@@ -13,8 +13,10 @@ from typing import Any
 from distill_jax.config import TeacherConfig
 
 _OPTIONAL = ("temperature", "top_p")  # may be left to the server, which is then said aloud
+_LIKELIHOODS = ("top_logprobs", "logprobs")  # one is no use without the other
 _NOT_KNOWN = re.compile(  # as opposed to a value that is out of range
-    r"(?i)un(?:supported|recogni[sz]ed|known|expected)|not (?:be )?(?:supported|permitted|allowed)"
+    r"(?i)un(?:supported|recogni[sz]ed|known|expected)"
+    r"|not (?:be )?(?:supported|permitted|allowed|enabled)"
     r"|(?:n't|not) support|extra|only the default|deprecated"
 )
 
@@ -25,7 +27,7 @@ class Dialect:
 
     Attributes:
       limit_name: What the token limit is called.
-      unsent: Sampling settings that it refuses, and that are left to it.
+      unsent: What it refuses and isn't sent: settings left to it, or the wish for `logprobs`.
       one_by_one: Whether several samples take several requests.
     """
 
@@ -33,8 +35,17 @@ class Dialect:
     unsent: tuple[str, ...] = ()
     one_by_one: bool = False
 
-    def body(self, config: TeacherConfig, prompt: str, *, max_tokens: int) -> dict[str, Any]:
+    def body(
+        self, config: TeacherConfig, prompt: str, *, max_tokens: int, alternatives: int = 0
+    ) -> dict[str, Any]:
         """The body of a request, without the number of samples.
+
+        Args:
+          config: Model and sampling.
+          prompt: What is asked.
+          max_tokens: Of an answer.
+          alternatives: How many likely tokens it is to name for each one it says, at most 20; 0
+            asks for no probabilities.
 
         Example:
           >>> new = Dialect(limit_name="max_completion_tokens", unsent=("temperature", "top_p"))
@@ -42,10 +53,12 @@ class Dialect:
           99
         """
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        likelihoods = {"logprobs": True, "top_logprobs": alternatives}
         return {
             "model": config.model,
             "messages": [{"role": "user", "content": prompt}],
             **{name: value for name, value in sampling.items() if name not in self.unsent},
+            **(likelihoods if alternatives and "logprobs" not in self.unsent else {}),
             self.limit_name: max_tokens,
         }
 
@@ -67,7 +80,7 @@ class Dialect:
         Args:
           sent: The body that was refused.
           num_samples: How many answers it asked for.
-          error: What came back with status 400 or 422, in whatever form.
+          error: What came back with status 400, 403 or 422, in whatever form.
 
         Example:
           >>> refusal = {"message": "Unsupported parameter: 'max_tokens'", "param": "max_tokens"}
@@ -77,7 +90,8 @@ class Dialect:
           >>> Dialect().learn(sent, num_samples=1, error={"message": "no such model"}) is None
           True
         """
-        candidates = [name for name in ("max_tokens", *_OPTIONAL) if name in sent]
+        names = ("max_tokens", *_OPTIONAL, *_LIKELIHOODS)
+        candidates = [name for name in names if name in sent]
         if num_samples > 1:
             candidates.append("n")
         name = _blamed(error, candidates)
@@ -85,6 +99,8 @@ class Dialect:
             return replace(self, limit_name="max_completion_tokens")
         if name == "n":
             return replace(self, one_by_one=True)
+        if name in _LIKELIHOODS:
+            return replace(self, unsent=(*self.unsent, "logprobs"))
         return replace(self, unsent=(*self.unsent, name)) if name else None
 
 
@@ -101,6 +117,6 @@ def _blamed(error: Any, candidates: Sequence[str]) -> str:
         return str(named)
     for name in candidates:
         quoted = rf"['\"`]{name}\\?['\"`]"
-        if re.search(quoted if len(name) == 1 else rf"(?<!\w){name}(?!\w)", text):
+        if re.search(quoted if len(name) == 1 else rf"(?i)(?<!\w){name}(?!\w)", text):
             return name
     return ""

@@ -37,6 +37,7 @@ _EQUATION = re.compile(
 )
 _NUMBER = re.compile(rf"(?<![\w.]){_DIGITS}(?!\w)")
 _SLIPS = (1, -1, 2, -2, 10, -10)  # what a wrong step is off by
+_MISREADINGS = _SLIPS[::2]  # and an answer that no step leads to
 _PLAIN = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "$": None, ",": None})
 _SENTENCE_END = re.compile(
     r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)\s+(?=[A-Z0-9$(])"
@@ -83,10 +84,40 @@ def explain(question: Question, *, mistake: str | None, wrong: bool, way: int, s
       First, Tom has 5 + 3 = 8. The first wrong step was 5 + 3 = 9. So, the answer is 8.
       Answer: 8
     """
-    steps, answer = _steps(question.solution), question.answer
-    tip = "" if mistake is None else _tip(question, mistake)
+    told = _steps(question.solution), question.answer
     if wrong:
-        steps, answer = _spoil(question, steps, Random(seed))
+        told = _spoil(question, told[0], Random(seed))
+    return _tell(question, *told, tip=_tip(question, mistake), way=way)
+
+
+def tellings(question: Question, *, mistake: str | None, wrong: float) -> list[tuple[str, float]]:
+    """All that `explain` may say of a question, each with its probability.
+
+    All wordings are equally likely, and so are all ways to go wrong.
+
+    Args:
+      question, mistake: As for `explain`.
+      wrong: How likely a wrong answer is.
+
+    Example:
+      >>> tom = Question("a/1", "How many?", "8", "train", "numeric", solution="Tom has 5 + 3 = 8.")
+      >>> told = tellings(tom, mistake=None, wrong=0.1)
+      >>> len(told) == 6 * NUM_WORDINGS, round(sum(share for _, share in told), 9)
+      (True, 1.0)
+    """
+    steps, tip = _steps(question.solution), _tip(question, mistake)
+    spoiled = _ways_to_spoil(question, steps) if wrong else []
+    stories = [((steps, question.answer), 1.0 - wrong)]
+    stories += [(told, wrong / len(spoiled)) for told in spoiled]
+    return [
+        (_tell(question, *told, tip=tip, way=way), share / NUM_WORDINGS)
+        for told, share in stories
+        if share
+        for way in range(NUM_WORDINGS)
+    ]
+
+
+def _tell(question: Question, steps: Sequence[str], answer: str, *, tip: str, way: int) -> str:
     opening = OPENINGS[way % len(OPENINGS)]
     closing = CLOSINGS[(way + way // len(OPENINGS)) % len(CLOSINGS)]
     told = [_open(opening[index > 0], step) for index, step in enumerate(steps)]
@@ -139,8 +170,10 @@ def _open(opening: str, step: str) -> str:
     return opening + (step[0].lower() + step[1:] if _SMALL.match(step) else step)
 
 
-def _tip(question: Question, mistake: str) -> str:
+def _tip(question: Question, mistake: str | None) -> str:
     """Names what the mistake got wrong: a step, or else its answer; nothing if it has neither."""
+    if mistake is None:
+        return ""
     step = first_wrong_step(mistake, question.solution)
     if step is not None:
         return WRONG_STEP.format(step=step)
@@ -170,35 +203,62 @@ def _numbers(text: str) -> Iterator[Fraction]:
     return (Fraction(number.replace(",", "")) for number in re.findall(_DIGITS, text))
 
 
-def _spoil(question: Question, steps: Sequence[str], random: Random) -> tuple[list[str], str]:
-    """Steps that go wrong somewhere, and the wrong answer in which they end."""
+Spoiled = tuple[list[str], str]
+"""Steps that go wrong somewhere, and the wrong answer in which they end."""
+
+
+def _spoil(question: Question, steps: Sequence[str], random: Random) -> Spoiled:
+    """One of the ways to go wrong."""
+    if question.kind != "numeric":
+        return random.choice(_ways_to_spoil(question, steps))
+    text, answer = "\n".join(steps), question.answer
+    slips = _slips(text)
+    random.shuffle(slips)
+    found = next(filter(None, (_slip(text, answer, *slip) for slip in slips)), None)
+    return found or _misread(text, answer, random.choice(_MISREADINGS))
+
+
+def _ways_to_spoil(question: Question, steps: Sequence[str]) -> list[Spoiled]:
     if question.kind == "yes_no":
-        return list(steps), "No" if read_answer(question.answer, "yes_no") == "Yes" else "Yes"
-    if question.kind == "choice":
-        right = ascii_lowercase.index(question.answer)
-        wrong = random.choice([i for i in range(len(question.choices)) if i != right])
-        texts = question.choices
-        changed = [step.replace(texts[right], texts[wrong]) for step in steps]
-        return changed, ascii_lowercase[wrong]
+        other = "No" if read_answer(question.answer, "yes_no") == "Yes" else "Yes"
+        return [(list(steps), other)]
     if question.kind == "text":
-        return list(steps), f"not {question.answer}"
-    return _spoil_numbers("\n".join(steps), question.answer, random)
+        return [(list(steps), f"not {question.answer}")]
+    if question.kind == "choice":
+        right, texts = ascii_lowercase.index(question.answer), question.choices
+        return [
+            ([step.replace(texts[right], text) for step in steps], ascii_lowercase[wrong])
+            for wrong, text in enumerate(texts)
+            if wrong != right
+        ]
+    text, answer = "\n".join(steps), question.answer
+    found = [way for slip in _slips(text) if (way := _slip(text, answer, *slip))]
+    return found or [_misread(text, answer, slip) for slip in _MISREADINGS]
 
 
-def _spoil_numbers(text: str, answer: str, random: Random) -> tuple[list[str], str]:
+def _slips(text: str) -> list[tuple[Equation, int]]:
+    return [(equation, slip) for equation in _equations(text) for slip in _SLIPS]
+
+
+def _slip(text: str, answer: str, equation: Equation, slip: int) -> Spoiled | None:
+    """What one wrong result leads to; None if that is no plain number, or right after all."""
+    gold = _read(answer)
+    told, changed = _carry(text, equation, equation.result + slip)
+    plain = all(value > 0 and "/" not in write_number(value) for value in changed.values())
+    end = write_number(changed.get(gold, gold))
+    return (told.splitlines(), end) if plain and not same_answer(end, answer, "numeric") else None
+
+
+def _misread(text: str, answer: str, slip: int) -> Spoiled:
+    """Another answer where no calculation leads to it."""
+    wrong = _read(answer) + slip
+    return _replace(text, {_read(answer): wrong}).splitlines(), write_number(wrong)
+
+
+def _read(answer: str) -> Fraction:
     read = read_answer(answer, "numeric")
     assert read is not None, f"a gold answer that can't be read: {answer!r}"
-    gold = Fraction(read)
-    slips = [(equation, slip) for equation in _equations(text) for slip in _SLIPS]
-    random.shuffle(slips)
-    for equation, slip in slips:
-        told, changed = _carry(text, equation, equation.result + slip)
-        plain = all(value > 0 and "/" not in write_number(value) for value in changed.values())
-        end = write_number(changed.get(gold, gold))
-        if plain and not same_answer(end, answer, "numeric"):
-            return told.splitlines(), end
-    wrong = gold + random.choice(_SLIPS[::2])  # no calculation leads to the answer
-    return _replace(text, {gold: wrong}).splitlines(), write_number(wrong)
+    return Fraction(read)
 
 
 def _carry(text: str, slip: Equation, result: Fraction) -> tuple[str, dict[Fraction, Fraction]]:

@@ -39,6 +39,7 @@ def ask_teacher(
     round_index: int,
     samples: int,
     extra_tries: int = 0,
+    alternatives: int = 0,
 ) -> Lesson:
     """Asks the teacher about each question once and marks every answer.
 
@@ -61,6 +62,8 @@ def ask_teacher(
         an earlier round asked already is asked for new samples.
       samples: S, completions per question.
       extra_tries: How often a question of which nothing was kept is asked for S more.
+      alternatives: How many likely tokens the teacher is to name for each one it says; what it
+        says of them is in the `pieces` of the rows that are kept.
 
     Returns:
       S rows for each time a question was asked, ordered by question as given and then by sample:
@@ -93,7 +96,10 @@ def ask_teacher(
         asked = [q for q in questions if all(row.verdict != "kept" for row in rows.get(q.id, ()))]
         start = first + extra * samples
         slots = tuple(range(start, start + samples))
-        asks = [Ask(prompt(question, mistakes.get(question.id)), slots) for question in asked]
+        asks = [
+            Ask(prompt(question, mistakes.get(question.id)), slots, alternatives=alternatives)
+            for question in asked
+        ]
         for question, completions in zip(asked, _ask(asked, asks, complete), strict=True):
             answers[question.id] += completions
             rows[question.id] = _mark_all(
@@ -185,7 +191,8 @@ def _mark_all(
                 verdict = "leak"
             else:
                 kept.add(_essence(text))
-        rows.append(Rationale(question.id, round_index, index, text, answer, verdict))
+        pieces = completion.pieces if verdict == "kept" else ()
+        rows.append(Rationale(question.id, round_index, index, text, answer, verdict, pieces))
     return rows
 
 

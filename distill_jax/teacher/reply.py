@@ -7,13 +7,13 @@ import email.utils
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import openai
 
-from distill_jax.records import Completion, FinishReason
+from distill_jax.records import Completion, FinishReason, Piece
 
 FaultKind = Literal[
     "rate limit", "server error", "connection", "timeout", "bad answer", "refused prompt"
@@ -37,6 +37,7 @@ _STATUS_OF = {  # what an error inside a body that came with status 200 would ha
 }
 _THIS_PROMPT_ONLY = {"context_length_exceeded", "content_filter", "content_policy_violation"}
 _REASONING = ("reasoning_content", "reasoning")
+_DIGITS = 6  # of a probability that are kept
 _NEVER_REACHED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}  # of the HTTP library below
 _SECONDS_PER_YEAR = 365 * 24 * 3600
 
@@ -134,7 +135,7 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
     Example:
       >>> body = '{"choices": [{"message": {"content": "Four."}, "finish_reason": "stop"}]}'
       >>> read_reply(body, max_tokens=100).completions
-      (Completion(text='Four.', finish_reason='stop', num_tokens=5),)
+      (Completion(text='Four.', finish_reason='stop', num_tokens=5, pieces=()),)
       >>> read_reply("<html>Bad gateway</html>", max_tokens=100).problem
       'the body is not a JSON object: <html>Bad gateway</html>'
     """
@@ -178,7 +179,57 @@ def _completion(
         return None  # a cut or filtered answer may be empty, and asking again would pay again
     if num_tokens is None:
         num_tokens = min(max_tokens, len(text.encode(errors="replace")))
-    return Completion(text, reason, num_tokens)
+    return Completion(text, reason, num_tokens, read_pieces(choice))
+
+
+def read_pieces(choice: Any) -> tuple[Piece, ...]:
+    """What a choice says its text was put together from; () if it says nothing that can be read.
+
+    Tokens that hold a part of a character are joined to one piece, of which nothing is known.
+
+    Example:
+      >>> other = {"token": " five", "logprob": -2.302585}
+      >>> said = {"token": " 5", "logprob": -0.105361, "bytes": [32, 53], "top_logprobs": [other]}
+      >>> read_pieces({"logprobs": {"content": [said]}})
+      ((' 5', ((' 5', 0.9), (' five', 0.1))),)
+    """
+    try:
+        return tuple(_join_bytes(choice["logprobs"]["content"]))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ()
+
+
+def _join_bytes(tokens: list[dict[str, Any]]) -> Iterator[Piece]:
+    before = b""
+    for token in tokens:
+        said = before + _bytes(token)
+        try:
+            text = said.decode()
+        except UnicodeDecodeError:
+            before = said
+            continue
+        yield text, () if before else tuple(_chances(text, token))
+        before = b""
+
+
+def _chances(text: str, token: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """A token and what might have stood in its place, each with its probability."""
+    yield text, _probability(token)
+    for other in token.get("top_logprobs") or ():
+        said = _bytes(other).decode(errors="replace")
+        if said != text:
+            yield said, _probability(other)
+
+
+def _bytes(token: dict[str, Any]) -> bytes:
+    """The bytes of a token: as sent, or else those of its text."""
+    sent = token.get("bytes")
+    return token["token"].encode() if sent is None else bytes(list(sent))
+
+
+def _probability(token: dict[str, Any]) -> float:
+    share = math.exp(min(token["logprob"], 0.0))
+    return round(share, _DIGITS) if share > 0.0 else 0.0  # what is not a number is no chance
 
 
 def read_reasoning(raw: str) -> list[str]:

@@ -12,7 +12,7 @@ import openai
 from distill_jax.teacher.governor import Patience
 from distill_jax.teacher.secret import Secret
 
-LARGEST_BODY = 4 << 20
+LARGEST_BODY = 16 << 20
 """Bytes of an answer after which no more is read, which leaves it unreadable."""
 
 _NO_KEY = "EMPTY"  # sent to servers that need none

@@ -2,10 +2,11 @@
 
 It knows the worked solutions of a question set and looks up the last question of a prompt. So a
 run, a test or a first hour with this project needs no network, no key and no money. A token is a
-word here: tokens are counted by white space.
+word, a number or a sign here, with the white space before it.
 """
 
 import hashlib
+import math
 import re
 import socket
 import threading
@@ -26,7 +27,13 @@ from starlette.routing import Route
 from distill_jax.config import TUTOR, TutorConfig
 from distill_jax.prompts import JUDGE_IT, feedback_prompt, unfenced
 from distill_jax.records import Question
-from distill_jax.teacher.explanation import NUM_WORDINGS, WRONG_STEP, explain, first_wrong_step
+from distill_jax.teacher.explanation import (
+    NUM_WORDINGS,
+    WRONG_STEP,
+    explain,
+    first_wrong_step,
+    tellings,
+)
 
 HOST = "127.0.0.1"
 
@@ -34,7 +41,7 @@ _BLOCK = re.compile(r"(?:\A|\n)(?=Question: )")
 _AFTER_QUESTION = re.compile(r"\n(?=(?:Wrong Solution|Hint|(?:Better )?Reasoning|Answer):)")
 _MISTAKE = re.compile(r"\nWrong Solution:(.*)")
 _TIP = re.compile(WRONG_STEP.format(step=".*?"))  # quotes a wrong step
-_WORD = re.compile(r"\S+\s*")
+_TOKEN = re.compile(r"\s*(?:\w+|[^\w\s])")
 
 
 class Message(pydantic.BaseModel):
@@ -53,6 +60,8 @@ class ChatRequest(pydantic.BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     stream: Literal[False] = False
 
 
@@ -80,15 +89,12 @@ class Tutor:
           ['5 + 3 = 8.\\nAnswer: 8', 'First, 5 + 3 = 8. So, the answer is 8.\\nAnswer: 8']
         """
         prompt = unfenced(prompt)
-        block = _BLOCK.split(prompt)[-1]
-        question = self._questions.get(_head(block))
+        question, block = self._find(prompt)
         if question is None:
             return None
         if JUDGE_IT in block:
             return [self._judge(question, block, slot) for slot in range(samples)]
-        found = _MISTAKE.search(block)
-        mistake = found[1].strip() if found else None
-        rate = self._rates.wrong_rates[mistake is not None]
+        mistake, rate = self._situation(block)
         identity = f"tutor {self._seed} {prompt}"
         return [
             explain(
@@ -100,6 +106,25 @@ class Tutor:
             )
             for slot in range(samples)
         ]
+
+    def tellings(self, prompt: str) -> list[tuple[str, float]]:
+        """All that it may answer, with probabilities; none where it judges or knows nothing."""
+        question, block = self._find(unfenced(prompt))
+        if question is None or JUDGE_IT in block:
+            return []
+        mistake, rate = self._situation(block)
+        return tellings(question, mistake=mistake, wrong=rate)
+
+    def _find(self, prompt: str) -> tuple[Question | None, str]:
+        """The last question of a prompt, and all that is said of it."""
+        block = _BLOCK.split(prompt)[-1]
+        return self._questions.get(_head(block)), block
+
+    def _situation(self, block: str) -> tuple[str | None, float]:
+        """The mistake that is shown, and how likely a wrong answer is."""
+        found = _MISTAKE.search(block)
+        mistake = found[1].strip() if found else None
+        return mistake, self._rates.wrong_rates[mistake is not None]
 
     def _judge(self, question: Question, block: str, slot: int) -> str:
         """Whether no step of a rationale is wrong; in error as often as one shown a mistake."""
@@ -142,7 +167,8 @@ def make_app(tutor: Tutor) -> Starlette:
         texts = await run_in_threadpool(tutor.answer, prompt, samples=wanted.n)
         if texts is None:
             return _error(400, "unknown_question", "the last question of the prompt is not known.")
-        return JSONResponse(_completion(wanted, texts))
+        told = await run_in_threadpool(tutor.tellings, prompt) if wanted.logprobs else []
+        return JSONResponse(_completion(wanted, texts, told))
 
     async def models(_: Request) -> JSONResponse:
         model = {"id": TUTOR, "object": "model", "created": 0, "owned_by": "distill_jax"}
@@ -161,19 +187,23 @@ def _error(status: int, code: str, message: str) -> JSONResponse:
     return JSONResponse({"error": error}, status_code=status)
 
 
-def _completion(wanted: ChatRequest, texts: Sequence[str]) -> dict[str, Any]:
+def _completion(
+    wanted: ChatRequest, texts: Sequence[str], told: Sequence[tuple[str, float]]
+) -> dict[str, Any]:
     limit = wanted.max_completion_tokens or wanted.max_tokens
-    words = [_WORD.findall(text) for text in texts]
+    tokens = [_TOKEN.findall(text) for text in texts]
+    weighed = [(_TOKEN.findall(text), share) for text, share in told]
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(said[:limit]).rstrip()},
+            "message": {"role": "assistant", "content": "".join(said[:limit])},
             "finish_reason": "stop" if limit is None or len(said) <= limit else "length",
+            "logprobs": _likelihoods(said[:limit], weighed, wanted.top_logprobs) if told else None,
         }
-        for index, said in enumerate(words)
+        for index, said in enumerate(tokens)
     ]
-    num_prompt = sum(len(message.content.split()) for message in wanted.messages)
-    num_said = sum(len(said[:limit]) for said in words)
+    num_prompt = sum(len(_TOKEN.findall(message.content)) for message in wanted.messages)
+    num_said = sum(len(said[:limit]) for said in tokens)
     return {
         "id": "chatcmpl-tutor",
         "object": "chat.completion",
@@ -186,6 +216,34 @@ def _completion(wanted: ChatRequest, texts: Sequence[str]) -> dict[str, Any]:
             "total_tokens": num_prompt + num_said,
         },
     }
+
+
+def _likelihoods(
+    said: Sequence[str], told: Sequence[tuple[list[str], float]], top: int
+) -> dict[str, Any]:
+    """How likely each token of an answer was behind those before it, and the `top` likeliest.
+
+    Args:
+      said: The tokens of the answer, one of those told.
+      told: The tokens of all answers that there may be, each with its probability.
+      top: At most.
+    """
+    content = []
+    for place, token in enumerate(said):
+        shares: dict[str, float] = {}
+        for tokens, share in told:
+            if place < len(tokens):
+                shares[tokens[place]] = shares.get(tokens[place], 0.0) + share
+        total = sum(share for _, share in told)
+        ordered = sorted(shares, key=shares.__getitem__, reverse=True)
+        chances = {text: _log_probability(text, shares[text] / total) for text in ordered}
+        content.append(chances[token] | {"top_logprobs": [chances[text] for text in ordered[:top]]})
+        told = [each for each in told if each[0][place : place + 1] == [token]]
+    return {"content": content}
+
+
+def _log_probability(text: str, share: float) -> dict[str, Any]:
+    return {"token": text, "logprob": math.log(share), "bytes": list(text.encode())}
 
 
 @contextmanager
