@@ -172,6 +172,8 @@ class Bucket:
             yield
         except self._errors as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
+            if isinstance(error, FileNotFoundError):
+                said = f"there is no such bucket ({said})"
             raise BucketError(
                 f"{self.url} can't be {done}: {said.rstrip('.')}. Look at the name and the rights; "
                 f"who asks is known from {self._kind.sign_in}."
