@@ -32,7 +32,7 @@ def save_params(folder: Path, params: Params) -> None:
 
 def exists(folder: Path) -> bool:
     """Whether there is a checkpoint."""
-    return _locate(folder).exists()
+    return _fetch(folder).exists()
 
 
 def remove(folder: Path) -> None:
@@ -43,9 +43,17 @@ def remove(folder: Path) -> None:
 
 
 def _locate(folder: Path) -> epath.Path:
-    """Where Orbax finds the checkpoint of a working folder: Google's buckets it reads itself."""
+    """Where Orbax writes: in Google's buckets by itself, to others from a folder that is copied."""
     url = bucket_url(folder)
-    return epath.Path(url if url.startswith("gs:") else bring(folder).resolve())
+    return epath.Path(url if url.startswith("gs:") else folder.resolve())
+
+
+def _fetch(folder: Path) -> epath.Path:
+    """Where Orbax reads; what it can't read in a bucket is in the folder then."""
+    place = _locate(folder)
+    if place == epath.Path(folder.resolve()):
+        bring(folder)
+    return place
 
 
 def load_params(folder: Path, like: Params) -> Params:
@@ -60,7 +68,7 @@ def load_params(folder: Path, like: Params) -> Params:
       ValueError: the checkpoint holds other weights than `like` describes, or can't be read.
     """
     with ocp.StandardCheckpointer() as reader:
-        return _restore(folder, lambda: reader.restore(_locate(folder), like))
+        return _restore(folder, lambda: reader.restore(_fetch(folder), like))
 
 
 def abstract(tree: Any) -> Any:
@@ -76,7 +84,7 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, folder: Path):
-        self._folder = _locate(folder)
+        self._folder = _fetch(folder)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),

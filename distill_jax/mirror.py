@@ -30,7 +30,7 @@ from distill_jax.run_folder import is_locked, lock, read_json, write_json
 log = logging.getLogger(__name__)
 
 EVERY_S = 15.0
-"""Seconds between two copies at least; ten times as long as the last one took, if that is more."""
+"""Seconds between two copies at least; nine times as long as the last one took, if that is more."""
 
 _STATE = ".bucket.json"  # here: this machine's claim, and what both sides have
 _LEDGER = "ledger.sqlite"

@@ -19,7 +19,7 @@ def bucket_server(scheme: str) -> Iterator[dict[str, str]]:
     """An empty bucket named `lab`; gives what the environment of those who use it holds."""
     for package in PACKAGES[scheme]:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{scheme}:// needs {package}: pip install 'distill_jax[bucket,test]'")
+            pytest.skip(f"{scheme}:// needs {package}: pip install 'distill_jax[bucket,reference]'")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = {"gs": _google, "s3": _amazon}[scheme]

@@ -173,6 +173,17 @@ def test_two_machines_never_work_on_a_run_at_once(place: Place, monkeypatch):
     assert place.names() == {"lock.json", "config.yaml", "theirs.txt"}
 
 
+def test_a_run_that_was_taken_stops_by_itself(place: Place, monkeypatch):
+    monkeypatch.setattr(claim, "_SIGN_S", 0.0)
+    monkeypatch.setattr(mirror, "EVERY_S", 0.05)
+    folder = place.on("first")
+    with pytest.raises(claim.RunTaken), hold(folder, quiet):
+        write_text(folder / "mine.txt", "")
+        while True:  # it may sign once more without having seen this
+            Bucket(place.url).write(claim.OBJECT, b'{"name": "other", "holder": "another"}')
+            time.sleep(0.05)
+
+
 def test_wherever_copying_is_cut_the_bucket_holds_a_run_as_it_once_was(place: Place, monkeypatch):
     """The order of the names is that in which they were written, but for the first and the last."""
     names = [
