@@ -82,6 +82,13 @@ def pay(folder: Path, number: int) -> None:
             ledger.store(intent, "a paid answer", attempts=1, latency_s=0.1)
 
 
+def num_copied(place: Place) -> int:
+    """Answers in the bucket's ledger."""
+    copy = Path.home() / "copy.sqlite"
+    assert Bucket(place.url).get("ledger.sqlite", copy)
+    return num_paid(copy)
+
+
 def num_paid(path: Path) -> int:
     with contextlib.closing(sqlite3.connect(path)) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -234,15 +241,17 @@ def test_a_ledger_is_copied_whole_while_it_is_written(place: Place):
     folder = place.on("first")
     with hold(folder, quiet):
         writer = threading.Thread(target=pay, args=(folder, 60))
-        pay(folder, 1)
-        writer.start()
-        while writer.is_alive():
+        with Ledger(folder / "ledger.sqlite"):  # as long as it is open, what is new is in its log
+            pay(folder, 1)
             push()
-            Bucket(place.url).get("ledger.sqlite", folder.parent / "copy.sqlite")
-            assert 0 < num_paid(folder.parent / "copy.sqlite") <= 61
-        writer.join()
-    assert Bucket(place.url).get("ledger.sqlite", folder.parent / "copy.sqlite")
-    assert num_paid(folder.parent / "copy.sqlite") == 61
+            assert num_copied(place) == 1
+            writer.start()
+            while writer.is_alive():
+                push()
+                assert 0 < num_copied(place) <= 61
+            writer.join()
+            push()
+            assert num_copied(place) == 61
     assert not [name for name in place.names() if name.endswith(("-wal", "-shm"))]
 
 
@@ -288,6 +297,7 @@ def test_readers_see_the_newest_and_what_they_add_is_kept(place: Place):
                 assert (folder / "exam.jsonl").read_text() == text
                 write_text(folder / "report.html", text)
                 pay(folder, 1)  # as nobody does that holds no run
+            assert num_copied(place) == 1
             place.on("first")
         pay(first, 1)
         (first / "exam.jsonl").unlink()
