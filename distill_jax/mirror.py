@@ -114,8 +114,11 @@ class Mirror:
             tags = self._bucket.tags()
             tags.pop(OBJECT, None)
             for name, tag in tags.items():
-                known = self._alike.get(name, [""])[0] == tag and (self.folder / name).exists()
-                if not known and not _is_large(name) and self._bucket.get(name, self.folder / name):
+                path = self.folder / name
+                known = self._alike.get(name, [""])[0] == tag and path.exists()
+                if not known and not _is_large(name) and self._bucket.get(name, path):
+                    if name == _LEDGER:  # what a killed reader left of the old one
+                        path.with_name(f"{name}-wal").unlink(missing_ok=True)
                     self.remember(name, tag)
                 self._claim.renew()
             for name in [name for name in self._alike if name not in tags]:

@@ -115,6 +115,15 @@ def test_a_bucket_that_is_not_there_is_one_sentence(place: Place):
     assert found.value.exit_code == 13 and "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\n--==0==", b"\0"])
+def test_no_byte_is_lost(place: Place, tmp_path: Path, end: bytes):
+    content = bytes(range(256)) * 40 + end
+    (tmp_path / "there").write_bytes(content)
+    Bucket(place.url).put(tmp_path / "there", "a/b")
+    assert Bucket(place.url).get("a/b", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
+
+
 def test_machines_take_turns_and_each_goes_on_where_the_last_one_ended(place: Place):
     neighbour = Bucket(f"{place.url}1")
     neighbour.write("other.txt", b"another run's")
