@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill_jax.machine import keep_compiled
+from distill_jax.run_arguments import RunFolder, RunFolders, folder_here
 
 if TYPE_CHECKING:
     from distill_jax.analysis.findings import Findings
 
 analyse = typer.Typer(no_args_is_help=True, help="The paper's analyses, on finished runs.")
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")]
 To = Annotated[
     Path | None,
     typer.Option(help="A folder for tables and figures; the first run's `analysis` if left out."),
@@ -39,7 +39,7 @@ def _put(findings: "Findings", folder: Path, name: str, as_json: bool) -> None:
 
 
 @analyse.command()
-def feedback(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
+def feedback(runs: RunFolders, to: To = None, as_json: AsJson = False) -> None:
     """Table 3: successes of the teacher with and without the student's mistake."""
     from distill_jax.analysis.feedback import study_feedback
 
@@ -47,7 +47,7 @@ def feedback(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
 
 
 @analyse.command()
-def rounds(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
+def rounds(runs: RunFolders, to: To = None, as_json: AsJson = False) -> None:
     """Table 5: data, training error and accuracy, round by round."""
     from distill_jax.analysis.round_course import study_rounds
 
@@ -56,7 +56,7 @@ def rounds(runs: Runs, to: To = None, as_json: AsJson = False) -> None:
 
 @analyse.command()
 def setting(
-    runs: Runs,
+    runs: RunFolders,
     key: Annotated[str, typer.Option(help="The setting that varies.")] = "reflection.weight",
     to: To = None,
     as_json: AsJson = False,
@@ -69,7 +69,7 @@ def setting(
 
 @analyse.command()
 def cases(
-    runs: Runs,
+    runs: RunFolders,
     question: Annotated[str, typer.Option(help="The id of the only question to show.")] = "",
     fate: Annotated[
         str, typer.Option(help="mended, unmended, forgotten or always-right; all if left out.")
@@ -92,7 +92,7 @@ def cases(
 
 @analyse.command()
 def reflection(
-    runs: Runs,
+    runs: RunFolders,
     number: Number = 200,
     round_index: Round = -1,
     to: To = None,
@@ -109,7 +109,7 @@ def reflection(
 
 @analyse.command()
 def states(
-    runs: Runs,
+    runs: RunFolders,
     number: Number = 200,
     round_index: Round = -1,
     to: To = None,
@@ -130,7 +130,7 @@ def states(
 
 @analyse.command()
 def judge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     settings: Annotated[
         list[str],
         typer.Argument(metavar="TEACHER.KEY=VALUE...", help="Who judges, and the budget."),
@@ -151,7 +151,7 @@ def judge(
 
 @analyse.command()
 def transfer(
-    runs: Runs,
+    runs: RunFolders,
     task: Annotated[list[str], typer.Option(help="A task, or a question file; may be repeated.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY.SUB=VALUE for all exams.")
@@ -169,7 +169,7 @@ def transfer(
 
 
 def compare(
-    runs: Runs,
+    runs: RunFolders,
     split: Annotated[str, typer.Option(help="test, or dev, which flatters.")] = "test",
     to: To = None,
     as_json: AsJson = False,
@@ -188,7 +188,10 @@ def sweep(
     ],
     to: Annotated[
         Path | None,
-        typer.Option(help="Where the runs' folders lie; each config's own `folder` if left out."),
+        typer.Option(
+            parser=folder_here,
+            help="Where the runs' folders lie; each config's own `folder` if left out.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

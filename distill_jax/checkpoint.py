@@ -5,14 +5,16 @@ interrupted round continues from (`round_01/training`), written in the backgroun
 """
 
 import logging
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from distill_jax.bucket import bucket_url
+from distill_jax.mirror import bring
 from distill_jax.processes import gather, is_main, tell
 from distill_jax.student.model import Params
 from distill_jax.student.step import TrainState
@@ -22,11 +24,36 @@ log = logging.getLogger(__name__)
 
 def save_params(folder: Path, params: Params) -> None:
     """Writes finished weights; `folder` exists only once all of them are on disk."""
-    if is_main() and folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     gather("making way for the weights", None)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder.resolve(), params)
+        writer.save(_locate(folder), params)
+
+
+def exists(folder: Path) -> bool:
+    """Whether there is a checkpoint."""
+    return _fetch(folder).exists()
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint, or all those in a folder, if there is any."""
+    place = _locate(folder)
+    if is_main() and place.exists():
+        place.rmtree()
+
+
+def _locate(folder: Path) -> epath.Path:
+    """Where Orbax writes: in Google's buckets by itself, to others from a folder that is copied."""
+    url = bucket_url(folder)
+    return epath.Path(url if url.startswith("gs:") else folder.resolve())
+
+
+def _fetch(folder: Path) -> epath.Path:
+    """Where Orbax reads; what it can't read in a bucket is in the folder then."""
+    place = _locate(folder)
+    if place == epath.Path(folder.resolve()):
+        bring(folder)
+    return place
 
 
 def load_params(folder: Path, like: Params) -> Params:
@@ -41,7 +68,7 @@ def load_params(folder: Path, like: Params) -> Params:
       ValueError: the checkpoint holds other weights than `like` describes, or can't be read.
     """
     with ocp.StandardCheckpointer() as reader:
-        return _restore(folder, lambda: reader.restore(folder.resolve(), like))
+        return _restore(folder, lambda: reader.restore(_fetch(folder), like))
 
 
 def abstract(tree: Any) -> Any:
@@ -57,7 +84,7 @@ class TrainingCheckpoints:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder.resolve()
+        self._folder = _fetch(folder)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True),
@@ -104,7 +131,7 @@ class TrainingCheckpoints:
         return None
 
 
-def _restore(folder: Path, read: Any) -> Any:
+def _restore(folder: Path | epath.Path, read: Any) -> Any:
     """What `read` returns; whatever goes wrong in it becomes one sentence."""
     try:
         return read()

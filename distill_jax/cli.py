@@ -19,6 +19,7 @@ from distill_jax.analysis_commands import analyse, compare, sweep
 from distill_jax.endings import exit_code, sentence
 from distill_jax.ledger_commands import ledger
 from distill_jax.machine import keep_compiled
+from distill_jax.run_arguments import RunFolder, RunFolders, folder_here
 
 
 class Commands(typer.core.TyperGroup):
@@ -74,7 +75,6 @@ class Sink(StrEnum):
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Settings that win.")
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 WrittenDtype = Annotated[
     DtypeName, typer.Option("--dtype", help="Of the weights; bfloat16 halves the files.")
 ]
@@ -134,6 +134,7 @@ def run(
     from distill_jax.config_file import load_config
     from distill_jax.interrupts import heed_preemption
     from distill_jax.membership import find_member
+    from distill_jax.mirror import opened
     from distill_jax.processes import Limits, is_main
     from distill_jax.shelter import take_shelter
     from distill_jax.sinks import SinkName, check_sinks
@@ -153,7 +154,8 @@ def run(
 
         rounds.run(settings, sinks=named)
         if is_main():
-            _show_run(Path(settings.folder), as_json)
+            with opened(folder_here(settings.folder)) as folder:
+                _show_run(folder, as_json)
 
 
 def _show_run(folder: Path, as_json: bool) -> None:
@@ -169,6 +171,7 @@ def _show_run(folder: Path, as_json: bool) -> None:
 
 @app.command()
 def exam(
+    ctx: typer.Context,
     student: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Who sits the exam.")],
     overrides: Overrides = None,
     task: Annotated[str, typer.Option(help="Questions; a run's own if left out.")] = "",
@@ -181,9 +184,10 @@ def exam(
 ) -> None:
     """Sit one exam: accuracy with its interval, unreadable and cut answers."""
     from distill_jax.config_file import load_config, make_config, override
+    from distill_jax.mirror import opened
     from distill_jax.run_folder import read_json
 
-    folder = Path(student)
+    folder = ctx.with_resource(opened(folder_here(student)))
     chosen = round_index
     changes = [*([f"task.name={task}"] if task else []), *(overrides or [])]
     if (folder / "config.yaml").exists():
@@ -220,7 +224,7 @@ def status(run: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    runs: RunFolders,
     to: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if left out.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from distill_jax.run_arguments import RunFolder
+
 ledger = typer.Typer(no_args_is_help=True, help="What was asked of the teacher, and what it cost.")
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -84,11 +85,12 @@ def export(
 @ledger.command()
 def gc(run: RunFolder, as_json: AsJson = False) -> None:
     """Forget failures, so that they are asked again, and give back room. Answers stay."""
-    from distill_jax.run_folder import lock
+    from distill_jax.mirror import hold
+    from distill_jax.progress import Progress
     from distill_jax.teacher.audit import collect_garbage
 
     path = _path(run)
-    with lock(path.parent):
+    with hold(path.parent, Progress().note):
         forgotten = collect_garbage(path)
     _print(forgotten, as_json)
 

@@ -16,9 +16,11 @@ import numpy as np
 
 from distill_jax import run_folder
 from distill_jax.batches import make_rows
+from distill_jax.bucket import local_folder
 from distill_jax.config import SELF, TEACHER, Config, ConfigError, parse_config
 from distill_jax.config_file import differences
 from distill_jax.exam import accuracy, take_exam
+from distill_jax.mirror import hold
 from distill_jax.plan.savings import SAVE_IN_EXAM, explained, save_in_training
 from distill_jax.plan.work import read_texts
 from distill_jax.processes import gather, is_main, tell
@@ -67,6 +69,7 @@ def run(
 
     Raises:
       ConfigError: the run can't start as configured. Nothing has been spent.
+      BucketError: the run lies in a bucket that can't be reached any more. What it did is here.
       TeacherError: the teacher refused, or the budget is spent. All answers paid for are in the
         ledger; the same call goes on from there.
       TrainingDiverged: the loss is not a number any more.
@@ -77,8 +80,9 @@ def run(
     """
     progress = progress or Progress(quiet=not is_main())
     _compare(config)
-    folder = Path(tell("opening the run folder", lambda: str(run_folder.open_run(config))))
-    with run_folder.lock(folder):
+    folder = local_folder(config.folder)
+    with hold(folder, progress.note):
+        tell("opening the run folder", lambda: str(run_folder.open_run(config)))
         if not tell("looking for a result", (folder / "result.json").exists):
             tell("looking for the teacher's key", lambda: check_teacher(config))
             school = open_school(config, folder, progress, sinks)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill_jax.bucket import local_folder
 from distill_jax.config import Config, ConfigError
 from distill_jax.config_file import differences, load_config, to_yaml
 from distill_jax.processes import is_main
@@ -50,7 +51,7 @@ def open_run(config: Config) -> Path:
     Raises:
       ConfigError: the folder holds a run with other settings; names each of them.
     """
-    folder = Path(config.folder)
+    folder = local_folder(config.folder)
     path = folder / "config.yaml"
     if path.exists():
         changed = [
@@ -70,7 +71,7 @@ def open_run(config: Config) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of the run while the first works on it.
+    """Keeps a second process out of the run while the first works on it. Makes the folder.
 
     Raises:
       ConfigError: another process holds the run; names it and its host.
@@ -78,6 +79,7 @@ def lock(folder: Path) -> Iterator[None]:
     if not is_main():
         yield
         return
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,6 +91,18 @@ def lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process of this machine works on the run."""
+    try:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def round_folder(folder: Path, round_index: int) -> Path:

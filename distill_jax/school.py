@@ -17,6 +17,7 @@ from distill_jax.contamination import ExamTexts, Reason
 from distill_jax.exam import Sitting, passes, take_exam, vote
 from distill_jax.generate import Generate, make_generate
 from distill_jax.layouts import Layout, open_mesh
+from distill_jax.mirror import bring, push
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
@@ -105,7 +106,7 @@ class Weights:
 
     def _load_checkpoint(self, round_index: int) -> Params:
         path = self._folder / f"round_{round_index:02d}" / "checkpoint"
-        if not path.exists():
+        if not checkpoint.exists(path):
             raise ConfigError(f"{self._folder} has no finished round {round_index}.")
         return checkpoint.load_params(path, self._like)
 
@@ -285,8 +286,9 @@ def _base_model(
         mesh, _ = open_mesh(config, model)
         with run_folder.timed(folder, 0, "pretrain"):
             scratch.make_student(config, path, questions=everything, mesh=mesh, progress=progress)
+        push()
         processes.gather("writing the student", None)  # the first process has written it
-    return path
+    return bring(path)
 
 
 def find_base(config: Config, folder: Path) -> Path:
@@ -302,7 +304,7 @@ def find_base(config: Config, folder: Path) -> Path:
     path = folder / "round_00" / "student"
     if not path.exists():
         raise ConfigError(f"{folder} has not made its student yet; run its config first.")
-    return path
+    return bring(path)
 
 
 def examine(

@@ -1,7 +1,6 @@
 """The training of one round: steps, figures, checkpoints; continued where it was interrupted."""
 
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,10 +16,11 @@ from jax.sharding import Mesh
 from distill_jax import packing, plain_packing
 from distill_jax.ballot import Ballot
 from distill_jax.batches import Course, Rows
-from distill_jax.checkpoint import TrainingCheckpoints, abstract, save_params
+from distill_jax.checkpoint import TrainingCheckpoints, abstract, remove, save_params
 from distill_jax.chips import find_chip
 from distill_jax.config import Config
 from distill_jax.interrupts import postponed
+from distill_jax.mirror import push
 from distill_jax.packing import make_grid
 from distill_jax.processes import is_main
 from distill_jax.progress import Progress
@@ -119,6 +119,7 @@ def train_round(
                     wish = moments.look(index, epoch)
                     if wish:
                         figures.flush()
+                        push()  # a state is of use only with the figures of all steps before it
                         checkpoints.save(index, state)
                     if wish == STOP:
                         raise KeyboardInterrupt(f"{title}: saved after step {index}; {GO_ON}")
@@ -133,8 +134,8 @@ def train_round(
                 figures.flush()
         save_params(folder / "checkpoint", state.params)
         figures.finish()
-        if is_main():
-            shutil.rmtree(folder / "training")
+        push()  # the states are needed until everybody can know that the round is trained
+        remove(folder / "training")
     return state.params, frozen
 
 

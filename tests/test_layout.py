@@ -8,7 +8,7 @@ import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
-records chips config config_file endings processes numerals answers
+records chips config config_file endings processes bucket claim numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions contamination
 prompts tokenizer
@@ -21,7 +21,7 @@ families.gemma2 families.gemma3 families.gpt2 families.gpt_neo families.gptj fam
 families.opt families.t5 families
 families.layout families.config_json families.stored families.pickled families.files families.arrays
 weights adapters layouts
-run_folder progress sinks checkpoint slots engine generate exam
+run_folder mirror progress sinks checkpoint slots engine generate exam
 teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teacher.secret
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
@@ -37,7 +37,7 @@ analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
 analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
 analysis.transfer
-machine ledger_commands analysis_commands
+machine run_arguments ledger_commands analysis_commands
 membership cluster shelter cli __main__
 """
 ORDER = PLAN.split()

@@ -50,16 +50,17 @@ class Runs:
         self.config = folder / "small.yaml"
         self.config.write_text(yaml.safe_dump(json.loads(json.dumps(config))))
 
+    def flags(self, count: int) -> list[list[str]]:
+        """What tells each of some processes who it is."""
+        if count == 1:
+            return [[]]
+        with socket.create_server(("localhost", 0)) as free:
+            team = f"--coordinator localhost:{free.getsockname()[1]} --processes {count}"
+        return [f"{team} --lost-after {LOST_S} --process {index}".split() for index in range(count)]
+
     def start(self, name: str, *settings: str, count: int, devices: int) -> list[subprocess.Popen]:
         command = [sys.executable, "-m", "distill_jax", "run", str(self.config)]
         command += [f"folder={self.folder / name}", *settings, "--json"]
-        flags: list[list[str]] = [[]]
-        if count > 1:
-            with socket.create_server(("localhost", 0)) as free:
-                team = f"--coordinator localhost:{free.getsockname()[1]} --processes {count}"
-            flags = [
-                f"{team} --lost-after {LOST_S} --process {index}".split() for index in range(count)
-            ]
         return [
             subprocess.Popen(
                 [*command, *own],
@@ -69,7 +70,7 @@ class Runs:
                 text=True,
                 start_new_session=True,
             )
-            for own in flags
+            for own in self.flags(count)
         ]
 
     def finish(self, name: str, *settings: str, count: int, devices: int) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from distill_jax.bucket import bucket_url, local_folder
 from distill_jax.config import Config, ConfigError
 from distill_jax.config_file import load_config
 from distill_jax.endings import INTERRUPTED
@@ -41,7 +42,7 @@ class Member:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.folder)
+        return local_folder(self.config.folder)
 
     @property
     def finished(self) -> bool:
@@ -65,7 +66,7 @@ def plan_sweep(
     axes = [_parse_axis(setting) for setting in settings]
     members = []
     for path in configs:
-        home = to / path.stem if to else Path(load_config(path).folder)
+        home = to / path.stem if to else local_folder(load_config(path).folder)
         for values in itertools.product(*(choices for _, choices in axes)):
             chosen = [(key, value) for (key, _), value in zip(axes, values, strict=True)]
             name = ",".join(
@@ -74,7 +75,8 @@ def plan_sweep(
                 if len(choices) > 1
             )
             overrides = [f"{key}={json.dumps(value)}" for key, value in chosen]
-            overrides.append(f"folder={json.dumps(str(home / name))}")
+            folder = bucket_url(home / name) or str(home / name)
+            overrides.append(f"folder={json.dumps(folder)}")
             members.append(Member(load_config(path, overrides)))
     folders = [member.folder for member in members]
     for folder in folders:

@@ -5,9 +5,10 @@
 #
 # Tasks per node and GPUs per node must be the same number, and GPUs must not be bound to tasks: each
 # process takes the one with its own number. Submit from the folder that relative paths begin at, on
-# a file system that all nodes share; VENV names an environment with distill_jax[cuda], if there is
-# one to activate. Processes find each other through Slurm. Before the time limit, and when the job
-# is pre-empted, the run is saved and the job queued again: it goes on where it was.
+# a file system that all nodes share; the run folder may lie in a bucket instead, as gs://BUCKET/NAME.
+# VENV names an environment with distill_jax[cuda], if there is one to activate. Processes find each
+# other through Slurm. Before the time limit, and when the job is pre-empted, the run is saved and the
+# job queued again: it goes on where it was.
 #SBATCH --job-name=distill-jax
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append

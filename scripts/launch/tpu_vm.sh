@@ -4,9 +4,9 @@
 #   TPU=name ZONE=us-west4-a scripts/launch/tpu_vm.sh CONFIG [KEY=VALUE ...]
 #
 # TPU and ZONE name a slice that is there already; PROJECT too, if it is not gcloud's default. The
-# last commit is copied to every host and installed there with the extra `tpu`, then each host runs
-# the same command, and JAX asks the slice who is who. The run folder has to lie on a file system
-# that all hosts mount, such as Filestore (folder=/mnt/runs/name). Variables named in PASS, such as
+# last commit is copied to every host and installed there with the extras `tpu` and `bucket`, then
+# each host runs the same command, and JAX asks the slice who is who. The run folder lies in a bucket
+# (folder=gs://BUCKET/NAME), or on a file system that all hosts mount. Variables named in PASS, such as
 # PASS="OPENAI_API_KEY", are handed over in a file that only its owner reads, and that is gone once
 # read. After a pre-emption the same command goes on where the run was.
 set -euo pipefail
@@ -39,4 +39,4 @@ gcloud compute tpus tpu-vm scp "$files/distill_jax.tar.gz" "$files/variables" \
   "$TPU:distill_jax/" "${place[@]}"
 command=$(printf '%q ' .venv/bin/distill-jax run --in-cluster "$@")
 on_all_hosts "cd distill_jax && source variables && rm variables && tar -xzf distill_jax.tar.gz &&
-  python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]' && exec $command"
+  python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu,bucket]' && exec $command"
