@@ -69,8 +69,8 @@ class Batch(NamedTuple):
     ends: Int[Array, "M S B 3"]  # where the last tokens of anchor, positive and negative stand
     valid: Bool[Array, "M S B"]  # has all that reflection compares
     counts: Counts
-    others: Int[Array, "M S C K"] | None = None  # what might stand in a target's place, if that
-    shares: Float[Array, "M S C K"] | None = None  # is known, and its share of the prediction
+    others: Int[Array, "M S C N"] | None = None  # what might stand in a target's place, if that
+    shares: Float[Array, "M S C N"] | None = None  # is known, and its share of the prediction
 
 
 def tree_states(
