@@ -63,6 +63,22 @@ def test_runs_that_differ_in_their_seed_are_one_row(findings):
     assert one["teacher_requests"] == sum(ANSWERS.values()) / 4
 
 
+def test_students_pretrained_for_each_seed_are_one_setting(tmp_path):
+    folders = [
+        make_run(tmp_path / f"{seed}", seed, seed=seed, student={"model": f"lab/{seed}/student"})
+        for seed in (1, 2)
+    ]
+    assert [row["seeds"] for row in compare_runs(folders).facts["rows"]] == [[1, 2]]
+
+
+def test_students_that_differ_otherwise_are_rows_of_their_own(tmp_path):
+    folders = [
+        make_run(tmp_path / f"{seed}", seed, seed=seed, student={"model": f"lab/{seed + 1}"})
+        for seed in (1, 2)
+    ]
+    assert len(compare_runs(folders).facts["rows"]) == 2
+
+
 def test_a_large_difference_is_shown_and_a_small_one_is_not(findings):
     multi, same = findings.facts["against_first"]
     assert multi["verdict"] == "better" and same["verdict"] == "no difference shown"

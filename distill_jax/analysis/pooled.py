@@ -208,7 +208,15 @@ def identity(config: Config, *, besides: Sequence[str] = ()) -> str:
 
 
 def _show(config: Config, name: str) -> str:
-    return str(reduce(getattr, name.split("."), config))
+    """A setting as rows are told apart by it.
+
+    Students that were pretrained once per seed, as `runs/lab/3/student`, are one setting.
+    """
+    value = str(reduce(getattr, name.split("."), config))
+    if name != "student.model":
+        return value
+    seed = str(config.seed)
+    return "/".join("SEED" if part == seed else part for part in value.split("/"))
 
 
 def pair_runs(before: Row, after: Row) -> list[tuple[Run, Run]]:
