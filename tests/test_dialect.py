@@ -58,10 +58,10 @@ def test_refusals(error, learned):
 def test_likelihoods_are_given_up_together(error):
     sent = Dialect().body(CONFIG, "p", max_tokens=9, alternatives=5)
     assert (sent["logprobs"], sent["top_logprobs"]) == (True, 5)
-    learned = Dialect().learn(sent, num_samples=2, error=error)
-    assert learned == Dialect(unsent=("logprobs",))
+    without = Dialect(unsent=("logprobs",))
+    assert Dialect().learn(sent, num_samples=2, error=error) == without
     plain = Dialect().body(CONFIG, "p", max_tokens=9)
-    assert learned.body(CONFIG, "p", max_tokens=9, alternatives=5) == plain
+    assert without.body(CONFIG, "p", max_tokens=9, alternatives=5) == plain
     assert Dialect().learn(plain, num_samples=2, error=error) is None
 
 

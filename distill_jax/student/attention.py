@@ -271,7 +271,7 @@ def product(left: Array, right: Array, over: tuple[int, int] = (-1, -2)) -> Arra
     here, and a copy where it is transposed before.
     """
     dims, batch = left.ndim, tuple(range(left.ndim - 2))
-    contracting = tuple((dim % dims,) for dim in over)
+    contracting = ((over[0] % dims,), (over[1] % dims,))
     return jax.lax.dot_general(
         left, right, (contracting, (batch, batch)), preferred_element_type=jnp.float32
     )
