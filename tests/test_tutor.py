@@ -142,6 +142,23 @@ def test_many_at_once(url, tmp_path: Path):
     assert len(arithmetic) == 4 * 60
 
 
+def test_the_same_question_in_a_later_round_is_told_in_other_words(url: str, tmp_path: Path):
+    with Ledger(tmp_path / "l") as ledger:
+        teacher = TeacherClient(TeacherConfig(), ledger, url=url, free=True)
+
+        def lesson(round_index: int) -> list[tuple[str, str]]:
+            asked = ask_teacher(
+                QUESTIONS[:3], {}, teacher.complete,
+                prompt=ask, round_index=round_index, samples=2,
+            )  # fmt: skip
+            return [(row.question_id, row.text) for row in asked.kept]
+
+        first, second = lesson(1), lesson(2)
+        assert len(first) == len(second) == 6
+        assert not set(first) & set(second)
+        assert lesson(1) == first
+
+
 def test_rates_of_wrong_answers():
     questions = make_questions(num_train=150, num_test=0, steps=[2, 3], max_value=30, seed=1)
     rates = TutorConfig(wrong_rates=(0.3, 0.1))

@@ -219,7 +219,7 @@ class Asking:
         desk, account = self._desk, self._desk.account
         key, start = account.secret.value, time.monotonic()
         try:
-            raw = await desk.transport.send(request.body, num_samples=len(slots))
+            raw = await desk.transport.send(request.body, samples=slots)
         except (openai.APIConnectionError, openai.APIStatusError, TimeoutError) as error:
             end = diagnose(error)
             await desk.clerk.write(lambda ledger: account.fail(ledger, intent, end))

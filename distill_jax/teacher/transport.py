@@ -1,9 +1,10 @@
 """The connection to a teacher: bytes out, bytes in, and no opinion on what they mean."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -14,6 +15,10 @@ from distill_jax.teacher.secret import Secret
 
 LARGEST_BODY = 16 << 20
 """Bytes of an answer after which no more is read, which leaves it unreadable."""
+
+SAMPLES_HEADER = "X-Samples"
+"""Says which samples of a prompt are wanted. The tutor, whose answers are a function of what it is
+asked, says something else in each; other servers draw at random, and ignore it."""
 
 _NO_KEY = "EMPTY"  # sent to servers that need none
 
@@ -39,16 +44,19 @@ class Transport:
         self.client = client
         self._secret, self._request_s = secret, patience.request_s
 
-    async def send(self, body: Mapping[str, Any], *, num_samples: int) -> Raw:
-        """Asks for some completions of a prompt.
+    async def send(self, body: Mapping[str, Any], *, samples: Sequence[int]) -> Raw:
+        """Asks for some completions of a prompt, those of these indices.
 
         Raises:
           APIStatusError, APIConnectionError: as `openai` raises them.
           TimeoutError: the whole took too long. Unlike the connection's own limits, this one ends
             an answer that comes drop by drop.
         """
-        several = num_samples if num_samples > 1 else openai.omit  # some servers don't know `n`
-        create = self.client.chat.completions.with_streaming_response.create
+        several = len(samples) if len(samples) > 1 else openai.omit  # some servers don't know `n`
+        create = partial(
+            self.client.chat.completions.with_streaming_response.create,
+            extra_headers={SAMPLES_HEADER: ",".join(map(str, samples))},
+        )
         async with asyncio.timeout(self._request_s), create(**body, n=several) as response:
             chunks, size = [], 0
             try:

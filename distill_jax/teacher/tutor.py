@@ -34,6 +34,7 @@ from distill_jax.teacher.explanation import (
     first_wrong_step,
     tellings,
 )
+from distill_jax.teacher.transport import SAMPLES_HEADER
 
 HOST = "127.0.0.1"
 
@@ -78,8 +79,12 @@ class Tutor:
         self._questions = {_head(_ask(question)): question for question in questions}
         self._rates, self._seed = tutor, seed
 
-    def answer(self, prompt: str, *, samples: int) -> list[str] | None:
+    def answer(self, prompt: str, *, samples: int | Sequence[int]) -> list[str] | None:
         """Explains the last question of a prompt in different words; None if it is unknown.
+
+        Args:
+          prompt: What is asked.
+          samples: How many answers, or the indices of those that are wanted: each is another one.
 
         Example:
           >>> tom = Question("t/1", "How many?", "8", "train", "numeric", solution="5 + 3 = 8.")
@@ -88,12 +93,12 @@ class Tutor:
           >>> tutor.answer(asked, samples=2)
           ['5 + 3 = 8.\\nAnswer: 8', 'First, 5 + 3 = 8. So, the answer is 8.\\nAnswer: 8']
         """
-        prompt = unfenced(prompt)
+        prompt, slots = unfenced(prompt), range(samples) if isinstance(samples, int) else samples
         question, block = self._find(prompt)
         if question is None:
             return None
         if JUDGE_IT in block:
-            return [self._judge(question, block, slot) for slot in range(samples)]
+            return [self._judge(question, block, slot) for slot in slots]
         mistake, rate = self._situation(block)
         identity = f"tutor {self._seed} {prompt}"
         return [
@@ -104,7 +109,7 @@ class Tutor:
                 way=slot,
                 seed=f"{identity} {slot}",
             )
-            for slot in range(samples)
+            for slot in slots
         ]
 
     def tellings(self, prompt: str) -> list[tuple[str, float]]:
@@ -164,7 +169,11 @@ def make_app(tutor: Tutor) -> Starlette:
                 return _error(404, "model_not_found", f"there is one model, {TUTOR!r}.")
             return _error(400, "invalid_value", f"{name or 'body'}: {first['msg']}.")
         prompt = wanted.messages[-1].content
-        texts = await run_in_threadpool(tutor.answer, prompt, samples=wanted.n)
+        named = [
+            int(index) for index in re.findall(r"\d+", request.headers.get(SAMPLES_HEADER, ""))
+        ]
+        samples = named if len(named) == wanted.n else wanted.n
+        texts = await run_in_threadpool(tutor.answer, prompt, samples=samples)
         if texts is None:
             return _error(400, "unknown_question", "the last question of the prompt is not known.")
         told = await run_in_threadpool(tutor.tellings, prompt) if wanted.logprobs else []
