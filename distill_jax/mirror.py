@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sqlite3
 import threading
 import time
@@ -82,6 +83,8 @@ class Mirror:
             self._claim.make()
             self.fetch()
         self._claim.sign(held=True)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start background jobs
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # `_work` may interrupt us
         self._thread.start()
         note(f"{self._bucket.url} is worked on in {self.folder}, copied every {EVERY_S:.0f} s")
         self.push()

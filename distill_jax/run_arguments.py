@@ -1,7 +1,7 @@
 """What the arguments RUN of commands may be: run folders of this machine, or in a bucket."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import typer
 
@@ -13,6 +13,7 @@ def folder_here(run: str) -> Path:
     return local_folder(run)
 
 
+@no_type_check  # typer wants its own Context here, and hands over the one that it is made from
 def _open(ctx: typer.Context, run: Path) -> Path:
     """The run's folder here, as long as the command runs."""
     from distill_jax.mirror import opened
@@ -20,6 +21,7 @@ def _open(ctx: typer.Context, run: Path) -> Path:
     return ctx.with_resource(opened(run))
 
 
+@no_type_check
 def _open_all(ctx: typer.Context, runs: list[Path]) -> list[Path]:
     return [_open(ctx, run) for run in runs]
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -23,6 +24,7 @@ def start(home: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | ONE_DEVICE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     )
 
 

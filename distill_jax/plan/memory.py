@@ -19,7 +19,7 @@ from distill_jax.plan.work import LONGEST, Texts, make_batch
 from distill_jax.slots import LEAST, Prompt, Row
 from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig
-from distill_jax.student.losses import CHUNK
+from distill_jax.student.losses import chunk_size
 from distill_jax.student.model import ModelConfig, abstract_params, logical_axes, run_blocks
 from distill_jax.student.objective import losses
 from distill_jax.student.plain import plain_states
@@ -71,7 +71,7 @@ def count_memory(config: Config, model: ModelConfig, texts: Texts, axes: Axes) -
     batch = make_batch(config, model, texts, shards=data * fsdp, share=LONGEST)
     line = jax.tree.map(lambda x: x[0, :1], batch._replace(counts=None))  # pyright: ignore
     predicting = batch.targets.shape[-1] * math.prod(batch.targets.shape[2:-1])
-    chunk = min(CHUNK, predicting)
+    chunk = min(chunk_size(model.padded_vocab), predicting)
     compared = jnp.dtype(config.student.compute_dtype).itemsize * trained
     return Memory(
         weights=4.0 * sum(jax.tree.leaves(parts))

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distill_jax.student.architecture import ACTIVATIONS, Lora, ModelConfig
-from distill_jax.student.attention import Turns, correlate, product, rotate, scale_each
+from distill_jax.student.attention import Turns, rotate, scale_each
 
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
@@ -98,29 +98,10 @@ def multiply(
     array = weight[...].astype(x.dtype)
     tokens, out = x.shape[: x.ndim - dims], array.shape[dims:]
     flat = x.reshape(math.prod(tokens), -1)
-    y = _times(flat, array.reshape(-1, math.prod(out)))
+    product = flat @ array.reshape(-1, math.prod(out))
     if adapter is not None:
-        y += adapter(flat)
-    return add(y.reshape(*tokens, *out), bias)
-
-
-@jax.custom_vjp
-def _times(x: Float[Array, "tokens i"], weight: Float[Array, "i o"]) -> Float[Array, "tokens o"]:
-    """A product, the gradient of whose weight is made the fast way."""
-    return x @ weight
-
-
-def _times_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ weight, (x, weight)
-
-
-def _times_backward(kept: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    x, weight = kept
-    to_x = product(grad, weight, over=(-1, -1)).astype(x.dtype)
-    return to_x, correlate(x, grad).astype(weight.dtype)
-
-
-_times.defvjp(_times_forward, _times_backward)
+        product += adapter(flat)
+    return add(product.reshape(*tokens, *out), bias)
 
 
 class Norm(nnx.Module):

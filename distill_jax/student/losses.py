@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK = 512
-"""Token states of a shard whose logits live at the same time."""
+CHUNK, LOGITS = 512, 2**24
+"""Token states of a shard whose logits live at the same time: so many, and more where the
+vocabulary is small, up to so many logits, as every chunk adds to the whole gradient of the head."""
 
 
 Logits = Callable[[Any, Float[Array, "*rows D"]], Float[Array, "*rows V"]]
@@ -37,7 +38,7 @@ def prediction_costs(
     head: Any,
     logits: Logits,
     *,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> Float[Array, "S T"]:
     """`-log p(target)` of every token state, in float32; of soft ones the cross-entropy.
 
@@ -49,10 +50,10 @@ def prediction_costs(
       targets: The token that each state has to predict, or several with their shares.
       head: The weights that `logits` reads.
       logits: What scores states.
-      chunk: States of a row per chunk, at least 1.
+      chunk: States of a row per chunk; 0: as `chunk_size` says.
     """
     cost = jax.checkpoint(lambda part: _costs(logits, head, *part))
-    costs = jax.lax.map(cost, _cut((hidden, targets), chunk))
+    costs = jax.lax.map(cost, _cut((hidden, targets), chunk or _fit(logits, head, hidden)))
     return costs.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, : hidden.shape[1]]
 
 
@@ -63,7 +64,7 @@ def prediction_loss(
     logits: Logits,
     weights: Float[Array, "S T"],
     *,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> Float[Array, ""]:
     """`sum(weights * prediction_costs)`, which costs three products with the head, not four.
 
@@ -77,6 +78,7 @@ def prediction_loss(
     Source:
       Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (2024), section 3.2.
     """
+    chunk = chunk or _fit(logits, head, hidden)
     return _loss(logits, head, *_cut((hidden, targets, weights), chunk))
 
 
@@ -121,6 +123,20 @@ def _costs(logits: Logits, head: Any, hidden: Array, targets: Any) -> Array:
         others = jnp.take_along_axis(scores, targets.others, axis=-1)
         found += jnp.sum(targets.shares * (others - found), axis=-1, keepdims=True)
     return jax.nn.logsumexp(scores, axis=-1) - found[..., 0]
+
+
+def chunk_size(vocab: int) -> int:
+    """Token states of a shard per chunk, for a vocabulary.
+
+    Example:
+      >>> chunk_size(16_384), chunk_size(50_304)
+      (1024, 512)
+    """
+    return max(CHUNK, LOGITS // vocab)
+
+
+def _fit(logits: Logits, head: Any, hidden: Array) -> int:
+    return chunk_size(jax.eval_shape(logits, head, hidden).shape[-1])
 
 
 def _cut(arrays: Any, chunk: int) -> Any:
