@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,16 +14,22 @@ from test_student_analyses import CHEAP, ONE_DEVICE, SMALL
 from distill_jax.run_folder import read_rows
 from distill_jax.teacher.audit import read_totals
 
+# Whoever runs the tests in the background has interrupts ignored, and what is started from there too.
+LISTENING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
 
 def start(home: Path) -> subprocess.Popen:
     words = ("sweep", home / "small.yaml", "seed=1,2", "rounds.max=1", "--to", home, "--json")
     return subprocess.Popen(
-        [sys.executable, "-m", "distill_jax", *map(str, words)],
+        [sys.executable, "-c", LISTENING, "-m", "distill_jax", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | ONE_DEVICE,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     )
 
 
