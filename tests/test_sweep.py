@@ -14,7 +14,7 @@ from test_student_analyses import CHEAP, ONE_DEVICE, SMALL
 from distill_jax.run_folder import read_rows
 from distill_jax.teacher.audit import read_totals
 
-# Whoever runs the tests in the background has interrupts ignored, and what is started from there too.
+# A shell has its background jobs ignore interrupts, and so do all processes that these start.
 LISTENING = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
