@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from distill_jax.student.objective import LIKELIHOODS, Objective
@@ -47,6 +48,7 @@ class Shape(NamedTuple):
     tokens: int  # of all
     question: int  # the longest question, but for its last token
     branch: int  # the longest branch, with the last token of its prompt
+    other: int  # the longest that is not the longest of its row
 
 
 class Grid(NamedTuple):
@@ -98,8 +100,11 @@ def plan_shapes(
 
 def _cost(shape: Shape, *, rows: int, branches: Branches) -> float:
     """What a line costs, in tokens."""
-    num_branches = len(sum(branches, ()))
-    pairs = shape.question**2 + num_branches * shape.branch * (shape.question + shape.branch)
+    longest = 1 + bool(branches.cut)
+    others = len(sum(branches, ())) - longest
+    pairs = shape.question**2
+    for count, length in ((longest, shape.branch), (others, shape.other)):
+        pairs += count * length * (shape.question + length)
     return shape.predicting / 4 + shape.tokens + ELEMENT * rows * pairs
 
 
@@ -128,20 +133,21 @@ def spread(items: Sequence[Item], grid: Grid, branches: Branches) -> list[list[I
 
 def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
     """The smallest sizes that hold these groups, rounded up."""
-    predicting = tokens = question = branch = 0
+    predicting = tokens = question = branch = other = 1
     for group in groups:
         asked = [len(item.prompt) - 1 for item in group]
-        lengths = {
-            name: [len(text) for item in group for text in branch_texts(item, branches, name)]
-            for name in Branches._fields
-        }
-        predicting = max(predicting, sum(asked) + sum(lengths["predicting"]))
-        tokens = max(tokens, sum(asked) + sum(map(sum, lengths.values())))
-        question = max(question, *asked, 0)
-        branch = max(branch, *itertools.chain(*lengths.values()), 0)
-    return Shape(
-        round_up(predicting), round_up(tokens), round_up(max(question, 1)), round_up(max(branch, 1))
-    )
+        lengths = [
+            [list(map(len, branch_texts(item, branches, kind))) for kind in Branches._fields]
+            for item in group
+        ]
+        predicting = max(predicting, sum(asked) + sum(sum(first) for first, *_ in lengths))
+        tokens = max(tokens, sum(asked) + sum(sum(map(sum, row)) for row in lengths))
+        question = max(question, *asked, 1)
+        for first, silent, cut in lengths:
+            for each in (first + silent, cut):
+                longest, second, *_ = sorted([*each, 0, 0], reverse=True)
+                branch, other = max(branch, longest), max(other, second)
+    return Shape(*map(round_up, (predicting, tokens, question, branch, other)))
 
 
 def branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
@@ -176,9 +182,10 @@ def choose_shapes(
       For each shape that is needed one that holds it.
 
     Example:
-      >>> needs = {Shape(64, 128, 16, 16): 9, Shape(80, 112, 16, 16): 9, Shape(640, 900, 16, 32): 1}
+      >>> needs = {Shape(64, 128, 16, 16, 8): 9, Shape(80, 112, 16, 16, 8): 9}
+      >>> needs[Shape(640, 900, 16, 32, 8)] = 1
       >>> sorted(set(choose_shapes(needs, lambda shape: shape.tokens, 2).values()))[0]
-      Shape(predicting=80, tokens=128, question=16, branch=16)
+      Shape(predicting=80, tokens=128, question=16, branch=16, other=8)
     """
     members = {shape: [shape] for shape in needs}
     counts = dict(needs)
@@ -238,11 +245,10 @@ def pack(
         line.put_shared(shared, following, begin, sum(map(len, microbatch)))
         line.put_rows(group, len(shared))
         lines.append(line)
-    arrays = [line.arrays() for line in lines]
-    stacked: dict[str, Any] = {
-        name: np.stack([each[name] for each in arrays]).reshape(*grid[:2], *first.shape)
-        for name, first in arrays[0].items()
-    }
+    stacked: dict[str, Any] = jax.tree.map(
+        lambda *parts: np.stack(parts).reshape(*grid[:2], *parts[0].shape),
+        *(line.arrays() for line in lines),
+    )
     counts: list[Any] = [
         np.float32(number)
         for number in (
@@ -266,7 +272,7 @@ class _Line:
         self, shape: Shape, branches: Branches, objective: Objective, rows: int, shared: int
     ):
         self.kinds, self.objective, self.shared = branches, objective, shared
-        self.first = shared + shape.predicting
+        self.first, self.other = shared + shape.predicting, shape.other
         self.tokens, self.positions = np.zeros((2, shared + shape.tokens), np.int32)
         self.targets = np.zeros(self.first, np.int32)
         self.weights = np.zeros(self.first, np.float32)
@@ -340,22 +346,34 @@ class _Line:
     def arrays(self) -> dict[str, Any]:
         """What goes into the batch. Indices that point at nothing become unlike."""
         num_live = len(self.kinds.predicting + self.kinds.silent)
-        rectangles = (self.questions, self.branches[:, :num_live], self.branches[:, num_live:])
+        live = self._by_length(self.branches[:, :num_live])
+        cut = self._by_length(self.branches[:, num_live:])
+        rectangles = [self.questions, *live, *cut]
         stands = np.concatenate([x.ravel() for x in rectangles])
         homes = NOWHERE + np.arange(self.tokens.size)
         taken = np.flatnonzero(stands < NOWHERE)
         homes[stands[taken]] = taken
         stands = np.where(stands < NOWHERE, stands, NOWHERE + np.arange(stands.size))
         parts = np.split(stands.astype(np.int32), np.cumsum([x.size for x in rectangles])[:-1])
-        questions, live, cut = (
+        questions, *rest = (
             part.reshape(x.shape) for part, x in zip(parts, rectangles, strict=True)
         )
         return {
             "tokens": self.tokens, "positions": self.positions, "targets": self.targets,
             "weights": self.weights, "owners": self.owners, "shared": self.known,
-            "questions": questions, "live": live, "cut": cut, "homes": homes.astype(np.int32),
-            "ends": self.ends, "valid": self.valid, "reaches": self.reaches, **self.others,
+            "questions": questions, "live": tuple(rest[: len(live)]),
+            "cut": tuple(rest[len(live) :]), "homes": homes.astype(np.int32), "ends": self.ends,
+            "valid": self.valid, "reaches": self.reaches, **self.others,
         }  # fmt: skip
+
+    def _by_length(self, branches: np.ndarray) -> list[np.ndarray]:
+        """The longest branch of each row, then the others, in rectangles of their own lengths."""
+        lengths = (branches < NOWHERE).sum(axis=2)
+        order = np.argsort(-lengths, axis=1, kind="stable")
+        ordered = np.take_along_axis(branches, order[:, :, None], axis=1)
+        parts = (ordered[:, :1], ordered[:, 1:, : self.other])
+        assert (lengths > self.other).sum(axis=1).max(initial=0) <= 1, "a branch has no room"
+        return [part for part in parts if part.shape[1]]
 
 
 def empty_others(size: int, objective: Objective) -> dict[str, np.ndarray]:

@@ -3,10 +3,12 @@
     python scripts/bench_step.py                     # 6 layers x 512, the shapes of DESIGN's table
     python scripts/bench_step.py --prefix-gradient   # the triplet loss reaches into the prompt
 
-Both sides take turns, with the same threads and AdamW; the figures are medians. The floor is the
-arithmetic of our step over the rate of a large matrix product measured in the same run. Peak memory
-is that of a process of its own for each side: what it held at most above what it held before the
-first step (on accelerators, what the allocator says).
+Both sides take turns, with the same threads and AdamW; the figures are medians over steps of a
+round of 60, for which our batches get the few shapes that `run` would choose. The original pads
+each batch to its own longest texts. The floor is the arithmetic of our step over the rate of a
+large matrix product measured in the same run. Peak memory is that of a process of its own for each
+side: what it held at most above what it held before the first step (on accelerators, what the
+allocator says).
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+
+ROUND = 60  # batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,8 @@ def main(
     print(json.dumps(figures, indent=None if as_json else 2))
 
 
-def make_samples(shape: Shape, steps: int) -> list[list[Any]]:
-    """The samples of every step: random tokens of lengths that spread like real ones."""
+def make_samples(shape: Shape) -> list[list[Any]]:
+    """The samples of a round's steps: random tokens of lengths that spread like real ones."""
     from pytorch_baseline import Sample
 
     rng = np.random.default_rng(0)
@@ -96,7 +100,7 @@ def make_samples(shape: Shape, steps: int) -> list[list[Any]]:
                    *(text(shape.rationale, 0.317) for _ in range(3)))
             for _ in range(shape.batch)
         ]
-        for _ in range(steps)
+        for _ in range(ROUND)
     ]  # fmt: skip
 
 
@@ -136,7 +140,10 @@ def make_params(shape: Shape) -> Any:
 
 
 def ours(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict], dict[str, Any]]:
-    """A function that takes our step `index`, and what is known beforehand."""
+    """A function that takes our step `index`, and what is known beforehand.
+
+    The first step of every shape compiles: `programs` names these steps.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -166,20 +173,22 @@ def ours(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict],
         for part in samples
     ]  # fmt: skip
     grid = make_grid(shape.batch, microbatches=1, shards=1)
-    shapes = plan_shapes(items, grid, objective, limit=1)
+    shapes = plan_shapes(items, grid, objective)
     batches = [pack(part, grid, shapes, shared=shared, objective=objective) for part in items]
+    sizes = [tuple(x.shape for x in jax.tree.leaves(batch)) for batch in batches]
     holder = [state]
 
     def take(index: int) -> dict:
         holder[0], figures = step(holder[0], put_batch(batches[index], mesh))
         return jax.device_get(figures)
 
-    computed = batches[0].tokens.size
+    computed = statistics.mean(batch.tokens.size for batch in batches)
     useful = statistics.mean(float(batch.counts.useful) for batch in batches)
     return take, {
-        "computed_tokens": computed,
+        "computed_tokens": round(computed),
         "useful_share": round(useful / computed, 3),
-        "flops": statistics.mean(step_flops(make_config(shape), b.counts) for b in batches),
+        "programs": sorted({sizes.index(size) for size in sizes}),
+        "flops": [step_flops(make_config(shape), batch.counts) for batch in batches],
     }
 
 
@@ -223,32 +232,34 @@ SIDES = {"pytorch": theirs, "ours": ours}
 
 
 def compare(shape: Shape, steps: int) -> dict[str, Any]:
-    """Both sides in turn."""
-    samples = make_samples(shape, steps + 1)
+    """Both sides in turn, once our programs are compiled and the first step's losses compared."""
+    samples = make_samples(shape)
     takes, facts = {}, {}
     for name, make in SIDES.items():
         takes[name], facts[name] = make(shape, samples)
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
-    losses: dict[str, list[dict]] = {name: [] for name in SIDES}
-    for index in range(steps + 1):  # the first one compiles, and compares the losses
-        for name, take in takes.items():
-            begin = time.perf_counter()
-            losses[name].append(take(index))
-            seconds[name].append(time.perf_counter() - begin)
+    programs, flops = (facts["ours"].pop(name) for name in ("programs", "flops"))
+    first = {name: take(0) for name, take in takes.items()}
     error = max(
-        abs(float(losses["ours"][0][k]) / losses["pytorch"][0][k] - 1)
+        abs(float(first["ours"][k]) / first["pytorch"][k] - 1)
         for k in ("lm_loss", "reflection_loss")
     )
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    pairs = zip(seconds["pytorch"][1:], seconds["ours"][1:], strict=True)
+    for index in programs[1:]:
+        takes["ours"](index)
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    for index in range(1, steps + 1):
+        for name, take in takes.items():
+            begin = time.perf_counter()
+            take(index)
+            seconds[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    pairs = zip(seconds["pytorch"], seconds["ours"], strict=True)
     rate = matmul_rate(shape.dtype)
-    floor = facts["ours"].pop("flops") / rate
     return {
         "shape": dataclasses.asdict(shape),
         "pytorch": {"seconds_per_step": round(medians["pytorch"], 3)} | facts["pytorch"],
         "ours": {"seconds_per_step": round(medians["ours"], 3)} | facts["ours"],
         "ratio": {"seconds_per_step": round(statistics.median(x / y for x, y in pairs), 2)},
-        "floor_seconds": round(floor, 3),
+        "floor_seconds": round(statistics.median(flops[1 : steps + 1]) / rate, 3),
         "matmul_flops_per_second": round(rate),
         "first_step_relative_loss_error": error,
     }
@@ -271,16 +282,12 @@ def matmul_rate(dtype: str) -> float:
 
 
 def measure_alone(shape: Shape, side: str, steps: int) -> dict[str, Any]:
-    """Seconds and peak memory of one side, in this process."""
-    samples = make_samples(shape, steps + 1)
-    take, facts = SIDES[side](shape, samples)
-    before, seconds = held_bytes(), []
-    for index in range(steps + 1):
-        begin = time.perf_counter()
+    """Peak memory of one side, in this process."""
+    take, _ = SIDES[side](shape, make_samples(shape))
+    before = held_bytes()
+    for index in range(steps):
         take(index)
-        seconds.append(time.perf_counter() - begin)
-    peak = peak_bytes(side) - before
-    return {"seconds_per_step": statistics.median(seconds[1:]), "peak_bytes": peak} | facts
+    return {"peak_bytes": peak_bytes(side) - before}
 
 
 def held_bytes() -> int:

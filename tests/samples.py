@@ -16,7 +16,7 @@ from distill_jax.student.tree import NOWHERE, Batch
 
 SIX = Grid(1, 1, 6)
 
-WIDE = Shape(predicting=192, tokens=384, question=16, branch=16)
+WIDE = Shape(predicting=192, tokens=384, question=16, branch=16, other=16)
 """Holds six rows of any `make_samples`: one shape, one compilation."""
 
 
@@ -76,10 +76,15 @@ def find_rows(batch: AnyBatch) -> Iterator[Found]:
             index = np.asarray(where)
             return tuple(line[index[index < NOWHERE]].tolist())
 
-        live = [read(index) for index in batch.live[m, s, b]]
+        def read_all(rectangles: Any, at: tuple[int, ...] = (m, s, b)) -> list[Tokens]:
+            """In the order of the line; what is missing comes last."""
+            found = sorted((x for part in rectangles for x in part[at]), key=lambda x: x[0])
+            return [read(index) for index in found]
+
+        live = read_all(batch.live)
         if live[0]:
             prompt = (*read(batch.questions[m, s, b]), live[0][0])
-            cut = tuple(read(index) for index in batch.cut[m, s, b])
+            cut = tuple(read_all(batch.cut))
             yield Found(prompt, tuple(x[1:] for x in live), cut, bool(batch.valid[m, s, b]))
 
 

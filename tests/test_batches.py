@@ -211,7 +211,7 @@ def test_likelihoods_need_no_second_right_rationale(rows: Rows):
 
 def test_without_reflection_there_is_one_branch(rows: Rows):
     for _, batch in make_course(rows, reflection="none").batches():
-        assert batch.live.shape[3] == 1 and batch.cut.shape[3] == 0
+        assert [part.shape[3] for part in batch.live] == [1] and not batch.cut
 
 
 def test_each_form_has_its_rows_and_only_the_exams_form_has_negatives():

@@ -51,7 +51,7 @@ def test_every_token_stands_on_a_line_once(objective, seed, shared, count, micro
     found = Counter((row.prompt, row.live, row.cut) for row in find_rows(batch))
     assert found == Counter((item.prompt, *expected_branches(item, objective)) for item in items)
     for line in np.ndindex(microbatches, shards):
-        parts = (batch.questions, batch.live, batch.cut)
+        parts = (batch.questions, *batch.live, *batch.cut)
         stands = np.concatenate([part[line].ravel() for part in parts])
         assert len(set(stands.tolist())) == len(stands), "an index occurs twice"
         places = np.flatnonzero(batch.homes[line] < NOWHERE)
@@ -105,7 +105,7 @@ def test_most_of_what_is_computed_is_useful_at_the_lengths_of_gsm8k():
 
 
 def test_shapes_hold_what_needs_them_and_are_few():
-    needs = {Shape(64 * i, 64 * i + 64, 16, 16 * (1 + i % 3)): i for i in range(1, 12)}
+    needs = {Shape(64 * i, 64 * i + 64, 16, 16 * (1 + i % 3), 16): i for i in range(1, 12)}
     chosen = choose_shapes(needs, lambda shape: shape.tokens, 3)
     assert chosen.keys() == needs.keys() and 1 < len(set(chosen.values())) <= 3
     for need, shape in chosen.items():

@@ -42,11 +42,14 @@ def find_texts(batch: Batch) -> Iterator[tuple[list[int], np.ndarray, int]]:
     for s, b in np.ndindex(*batch.valid.shape[1:]):
         asked = batch.questions[0, s, b]
         asked = asked[asked < NOWHERE]
-        for index in (*batch.live[0, s, b], *batch.cut[0, s, b]):
+        live, cut = (
+            [index for part in parts for index in part[0, s, b]]
+            for parts in (batch.live, batch.cut)
+        )
+        for place, index in enumerate((*live, *cut)):
             where = index[index < NOWHERE]
             if len(where):
-                is_cut = not (index[0] == batch.live[0, s, b, :, 0]).any()
-                last = batch.live[0, s, b, 0, :1] if is_cut else []
+                last = live[0][:1] if place >= len(live) else []
                 before = batch.tokens[0, s][[*asked, *last]].tolist()
                 yield shared + before + batch.tokens[0, s][where].tolist(), where, s
 

@@ -11,8 +11,8 @@ product for the whole line. Only attention within questions and branches goes ov
 tokens are copied into and back from.
 
 Letters: M microbatches, S row shards of the mesh, T tokens of a shard's line, C the first of them,
-P the first of those, N other tokens for one, B rows of a shard, J and K branches of a row, Q
-question tokens, R branch tokens, X tokens of some rectangle, W tokens attended to, n heads, H head
+P the first of those, N other tokens for one, B rows of a shard, J branches of a row, Q question
+tokens, R branch tokens, X tokens of some rectangle, W tokens attended to, n heads, H head
 dim, D width.
 """
 
@@ -32,6 +32,11 @@ NOWHERE = 2**30
 
 Runner = Callable[..., tuple[Array, Any]]
 """`student.model.run_blocks` with student, precision and layout bound."""
+
+Rectangles = tuple[Int[Array, "M S B J R"], ...]
+"""The longest branch of every row, then the others, of which R is shorter; none if there are none.
+
+Most branches are far shorter than the longest, and attention within them costs R squared."""
 
 
 class Counts(NamedTuple):
@@ -62,8 +67,8 @@ class Batch(NamedTuple):
     owners: Int[Array, "M S C"]  # 2 x row in the anchor, 2 x row + 1 in the negative, else NOWHERE
     shared: Bool[Array, "M S P"]  # True on demonstrations; False fills the last shards
     questions: Int[Array, "M S B Q"]  # where the tokens of prompts stand, but for the last
-    live: Int[Array, "M S B K R"]  # the same for branches whose gradient reaches the prompt
-    cut: Int[Array, "M S B J R"]  # and for those whose gradient ends there
+    live: Rectangles  # the same for branches whose gradient reaches the prompt
+    cut: Rectangles  # and for those whose gradient ends there
     reaches: Bool[Array, "M S T"]  # False on the tokens of cut branches
     homes: Int[Array, "M S T"]  # where a token stands in (questions, live, cut) laid side by side
     ends: Int[Array, "M S B 3"]  # where the last tokens of anchor, positive and negative stand
@@ -101,13 +106,13 @@ def tree_states(
             window = jnp.where(local, config.window, NOWHERE)
         line = _Line(query, key, value, batch.positions, window, partial(weigh, **softmax(config)))
         question = line.copy(batch.questions)
-        branch = line.copy(batch.live)
-        shares = [line.weigh(question, question), line.weigh_both(branch, question)]
-        if batch.cut.shape[2]:
-            last = batch.live[:, :, 0, :1]  # of the prompt
-            prompt = line.copy(jnp.concatenate([batch.questions, last], axis=-1))
-            branch = line.copy(batch.cut)
-            shares.append(line.weigh_both(branch, jax.lax.stop_gradient(prompt)))
+        shares = [line.weigh(question, question)]
+        shares += [line.weigh_both(line.copy(branch), question) for branch in batch.live]
+        if batch.cut:
+            last = batch.live[0][:, :, 0, :1]  # of the prompt
+            asked = jnp.concatenate([batch.questions, last], axis=-1)
+            prompt = jax.lax.stop_gradient(line.copy(asked))
+            shares += [line.weigh_both(line.copy(branch), prompt) for branch in batch.cut]
         share = _bring_home(shares, batch.homes)
         if batch.shared.shape[1]:
             share = add_up(share, _weigh_shared(line, batch, gather))
@@ -194,5 +199,5 @@ def _weigh_shared(line: _Line, batch: Batch, gather: Callable[[Array], Array]) -
 
     key, value = (join(x[:, :length]).swapaxes(1, 2) for x in (line.key, line.value))
     everything = _Rows(line.query, key, value, join(places))
-    reaches = batch.reaches if batch.cut.shape[2] else None
+    reaches = batch.reaches if batch.cut else None
     return line.weigh_all(line.query, line.places, everything, reaches)
