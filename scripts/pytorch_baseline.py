@@ -88,7 +88,7 @@ def suffix_states(
     ids, mask = pad(prompts, device, left=True)
     with torch.no_grad():
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        past = model(ids, attention_mask=mask, position_ids=places, use_cache=True).past_key_values
+        past = model(ids, attention_mask=mask, position_ids=places, use_cache=True).cache
     states = []
     for texts in branches:
         more, more_mask = pad(texts, device)
@@ -96,7 +96,7 @@ def suffix_states(
             more,
             attention_mask=torch.cat([mask, more_mask], dim=1),
             position_ids=mask.sum(1, keepdim=True) + torch.arange(more.shape[1], device=device),
-            past_key_values=DynamicCache((layer.keys, layer.values) for layer in past.layers),
+            cache=DynamicCache((layer.keys, layer.values) for layer in past.layers),
             output_hidden_states=True,
         )
         states.append(out.hidden_states[-1][torch.arange(len(texts)), more_mask.sum(1) - 1])

@@ -212,13 +212,13 @@ def in_torch(model, samples, *, prefix_gradient: bool):
             )
         # The keys and values of the prompt are what is cut off, as in a decoder.
         begun = model(encoder_outputs=(states,), decoder_input_ids=inputs[:, :1], use_cache=True)
-        cache = begun.past_key_values.cross_attention_cache
+        cache = begun.cache.cross_attention_cache
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         return model(
             encoder_outputs=(states,),
             decoder_input_ids=inputs,
-            past_key_values=transformers.EncoderDecoderCache(transformers.DynamicCache(), cache),
+            cache=transformers.EncoderDecoderCache(transformers.DynamicCache(), cache),
             output_hidden_states=True,
         )
 

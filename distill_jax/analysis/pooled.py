@@ -210,7 +210,7 @@ def identity(config: Config, *, besides: Sequence[str] = ()) -> str:
 def _show(config: Config, name: str) -> str:
     """A setting as rows are told apart by it.
 
-    Students that were pretrained once per seed, as `runs/lab/3/student`, are one setting.
+    Students that were pretrained once per seed, as `runs/lab/3/pretrained`, are one setting.
     """
     value = str(reduce(getattr, name.split("."), config))
     if name != "student.model":
