@@ -27,6 +27,9 @@ SPARE = 0.06
 """Share of the least cost that may be added to have fewer shapes than the limit."""
 UNIT = 8
 """Sizes are multiples of this, and of a sixteenth of themselves, or a bit less."""
+APART = 7 / 8
+"""Where all but the longest branches of rows are shorter than so much of the longest one, they have
+a rectangle of their own; else that would be more to compile than to save."""
 ELEMENT = 2e-4
 """What a pair of tokens in a rectangle costs, in tokens on the line, for a width of some 2,000."""
 
@@ -48,7 +51,7 @@ class Shape(NamedTuple):
     tokens: int  # of all
     question: int  # the longest question, but for its last token
     branch: int  # the longest branch, with the last token of its prompt
-    other: int  # the longest that is not the longest of its row
+    other: int  # the longest that is not the longest of its row, or `branch` if it is near that
 
 
 class Grid(NamedTuple):
@@ -147,7 +150,8 @@ def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
             for each in (first + silent, cut):
                 longest, second, *_ = sorted([*each, 0, 0], reverse=True)
                 branch, other = max(branch, longest), max(other, second)
-    return Shape(*map(round_up, (predicting, tokens, question, branch, other)))
+    sizes = map(round_up, (predicting, tokens, question, branch))
+    return Shape(*sizes, round_up(other if other < APART * branch else branch))
 
 
 def branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
@@ -367,12 +371,14 @@ class _Line:
         }  # fmt: skip
 
     def _by_length(self, branches: np.ndarray) -> list[np.ndarray]:
-        """The longest branch of each row, then the others, in rectangles of their own lengths."""
+        """The longest branch of each row and the others, apart where the others have less room."""
+        if self.other >= branches.shape[2]:
+            return [branches] if branches.shape[1] else []
         lengths = (branches < NOWHERE).sum(axis=2)
         order = np.argsort(-lengths, axis=1, kind="stable")
         ordered = np.take_along_axis(branches, order[:, :, None], axis=1)
+        assert (ordered[:, 1:, self.other :] >= NOWHERE).all(), "a branch has no room"
         parts = (ordered[:, :1], ordered[:, 1:, : self.other])
-        assert (lengths > self.other).sum(axis=1).max(initial=0) <= 1, "a branch has no room"
         return [part for part in parts if part.shape[1]]
 
 

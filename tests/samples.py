@@ -19,6 +19,9 @@ SIX = Grid(1, 1, 6)
 WIDE = Shape(predicting=192, tokens=384, question=16, branch=16, other=16)
 """Holds six rows of any `make_samples`: one shape, one compilation."""
 
+APART = WIDE._replace(other=12)
+"""Holds them, too, with the longest branches in a rectangle of their own."""
+
 
 def make_samples(seed: int, vocab: int, shared: int, count: int = 6) -> list[Item]:
     """Samples of unequal lengths behind the same beginning; every third has no pair."""

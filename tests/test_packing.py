@@ -110,3 +110,16 @@ def test_shapes_hold_what_needs_them_and_are_few():
     assert chosen.keys() == needs.keys() and 1 < len(set(chosen.values())) <= 3
     for need, shape in chosen.items():
         assert all(x >= y for x, y in zip(shape, need, strict=True))
+
+
+def test_branches_that_are_far_shorter_than_the_longest_have_a_rectangle_of_their_own():
+    def sizes(second: int, objective: Objective) -> list[list[tuple[int, ...]]]:
+        items = [Item((5,) * 4, (5,) * 99, (6,) * second, (7,) * 20), Item((5,) * 4, (5,) * 50)]
+        grid = make_grid(2, microbatches=1, shards=1)
+        shapes = plan_shapes([items], grid, objective)
+        batch = pack(items, grid, shapes, shared=(), objective=objective)
+        return [[part.shape[3:] for part in kind] for kind in (batch.live, batch.cut)]
+
+    assert sizes(60, Objective(prefix_gradient=True)) == [[(1, 104), (2, 64)], []]
+    assert sizes(60, Objective()) == [[(1, 104)], [(1, 104), (2, 64)]]
+    assert sizes(95, Objective(prefix_gradient=True)) == [[(3, 104)], []]

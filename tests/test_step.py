@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_models import LLAMA, make_params, variant
-from samples import make_batch, make_samples
+from samples import APART, make_batch, make_samples
 
 from distill_jax import weights
 from distill_jax.packing import Grid, Item
@@ -98,7 +98,8 @@ def test_losses_and_gradients_equal_the_originals(family, prefix_gradient, tmp_p
     params = make_params(config)
     samples = make_samples(1, config.vocab_size, shared)
     objective = Objective(prefix_gradient=prefix_gradient)
-    grads, figures = compute(config, params, make_batch(samples, shared, objective), objective)
+    batch = make_batch(samples, shared, objective, shape=APART)
+    grads, figures = compute(config, params, batch, objective)
 
     model = in_torch(config, params, tmp_path / "model")
     lm, triplet = in_original(model, samples, prefix_gradient)

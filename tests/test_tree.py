@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import make_params, run, variant
-from samples import make_batch, make_samples
+from samples import APART, make_batch, make_samples
 
 from distill_jax.packing import Grid
 from distill_jax.student.model import ModelConfig
@@ -67,7 +67,8 @@ def test_every_state_is_that_of_the_flat_sequence(name, seed, shared, count, pre
     states, params = states_of(config)
     samples = make_samples(seed, config.vocab_size, shared, count)
     objective = Objective(prefix_gradient=prefix_gradient)
-    batch = make_batch(samples, shared, objective, Grid(1, SHARDS, ROWS))
+    batch = make_batch(samples, shared, objective, Grid(1, SHARDS, ROWS), APART)
+    assert len(batch.live if prefix_gradient else batch.cut) == 2
     found = np.asarray(states(params, put_batch(batch, make_mesh(SHARDS, 1, 1))))
     texts = list(find_texts(batch))
     # Without a pair a row is its anchor, and where branches are cut its copy.

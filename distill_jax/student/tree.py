@@ -34,9 +34,9 @@ Runner = Callable[..., tuple[Array, Any]]
 """`student.model.run_blocks` with student, precision and layout bound."""
 
 Rectangles = tuple[Int[Array, "M S B J R"], ...]
-"""The longest branch of every row, then the others, of which R is shorter; none if there are none.
+"""All branches of one kind; or the longest of every row, then the others, of which R is smaller.
 
-Most branches are far shorter than the longest, and attention within them costs R squared."""
+Most are far shorter than the longest of all, and attention within them costs R squared."""
 
 
 class Counts(NamedTuple):
