@@ -173,10 +173,11 @@ def plan_lesson(folder: Path, questions: int, samples: int) -> int:
 
 def pack_batches(folder: Path, questions: int, samples: int) -> int:
     """The rows of a round, its order and shapes, and the first of its batches."""
-    from distill_jax.batches import Course, make_rows
+    from distill_jax.batches import Course
     from distill_jax.packing import make_grid
     from distill_jax.prompts import exam_prompt
     from distill_jax.records import Attempt, Rationale
+    from distill_jax.rows import make_rows
     from distill_jax.run_folder import read_records
     from distill_jax.student.objective import Objective
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from distill_jax import packing, plain_packing
-from distill_jax.batches import Packing, make_rows
+from distill_jax.batches import Packing
 from distill_jax.config import Config
 from distill_jax.packing import Grid, Item, Tokens, find_branches, make_grid
 from distill_jax.prompts import clean_rationale
@@ -23,6 +23,7 @@ from distill_jax.records import Attempt, Lesson, Question, Rationale
 from distill_jax.report.cases import evenly
 from distill_jax.report.files import read_stage, round_folders
 from distill_jax.report.round_summary import finished_rows
+from distill_jax.rows import make_rows
 from distill_jax.run_folder import read_records
 from distill_jax.school import Student
 from distill_jax.student.architecture import EncoderDecoderConfig
@@ -149,7 +150,7 @@ def score_paths(config: Config, student: Student, params: Params, paths: Paths) 
         seed=config.seed,
     )
     texts: dict[str, tuple[dict[Tokens, None], tuple[Tokens, ...], Tokens]] = {}
-    for row in rows.rows:
+    for row in rows:
         rights, _, _ = texts.setdefault(row.question_id, ({}, row.negatives, row.question))
         rights[row.anchor] = None
     items: dict[str, list[Item]] = {
