@@ -72,7 +72,7 @@ class Generate:
         Raises:
           ValueError: there are not as many ids as prompts; raised with the first result.
         """
-        asked = self._ask(prompts, ids, samples, (seed, round_index))
+        asked = self.ask(prompts, ids, samples, (seed, round_index))
         owed = set(range(len(ids))) - set(done)
         for index in sorted(owed.difference(asked.fit)):
             yield index, (Completion("", "length", 0),) * (1 + samples)
@@ -90,10 +90,10 @@ class Generate:
         for prompt in sit(self.engine, weights, asked.common, asked, owed=owed, slots=slots):
             yield prompt.index, tuple(map(self._completion, prompt.rows))
 
-    def _ask(
+    def ask(
         self, prompts: Iterable[str], ids: Sequence[str], samples: int, seeds: tuple[int, int]
-    ) -> "_Asked":
-        """The prompts that leave room for an answer."""
+    ) -> "Asked":
+        """The prompts that leave room for an answer, ready to be seated."""
         encoded, fit, count = Prompts(), array("i"), 0
         # States of an encoder depend on the whole prompt: nothing of it is common.
         start = [self.config.start_id] if isinstance(self.config, EncoderDecoderConfig) else None
@@ -104,14 +104,14 @@ class Generate:
         if len(ids) != count:
             raise ValueError(f"each prompt needs an id; got {count} and {len(ids)} ids.")
         num_common = 0 if start else encoded.num_common
-        return _Asked(self, encoded, fit, ids, samples, seeds, num_common)
+        return Asked(self, encoded, fit, ids, samples, seeds, num_common)
 
     def _completion(self, row: Row) -> Completion:
         return read_completion(self.tokenizer, row.chosen, stopped=row.stopped)
 
 
 @dataclass(frozen=True)
-class _Asked(Sequence[Prompt]):
+class Asked(Sequence[Prompt]):
     """The prompts of an exam, each made when it is asked for: there may be millions."""
 
     generate: Generate

@@ -206,12 +206,12 @@ def _sit(
                 advance(1)
     part.close()
     if is_main():
-        _finish_exam(path, questions, samples)
+        finish_exam(path, questions, samples)
     return path
 
 
-def _finish_exam(path: Path, questions: Sequence[Question], samples: int) -> None:
-    """Sorts what came in any order."""
+def finish_exam(path: Path, questions: Sequence[Question], samples: int) -> None:
+    """Makes the partial file of an exam, in any order, its finished one in order."""
     place = {question.id: index for index, question in enumerate(questions)}
     count = sort_rows(path, lambda row: (place[row["question_id"]], row["sample_index"]))
     assert count == len(questions) * (1 + samples), "every question is sat exactly once"

@@ -202,6 +202,28 @@ def open_school(
       ConfigError: there is nothing to teach, or the questions are not those that the run began
         with.
     """
+    questions, exam_texts, found = open_questions(config, folder)
+    student = None
+    if config.student.model != TEACHER:
+        student = open_student(config, _base_model(config, folder, questions, progress), folder)
+        progress.note(f"mesh {student.layout}")
+    if processes.is_main():
+        facts = _find_facts(config, folder, questions, found, student)
+        run_folder.write_manifest(folder, facts)
+    return School(config, folder, questions, exam_texts, student, progress, sinks)
+
+
+def open_questions(
+    config: Config, folder: Path
+) -> tuple[dict[Split, list[Question]], ExamTexts, Mapping[Reason, Sequence[str]]]:
+    """The questions of a run by split, kept in its folder; and the test's texts.
+
+    Returns:
+      Also the ids of training questions that are left out, as they are test questions too.
+
+    Raises:
+      ConfigError: as `open_school`.
+    """
     rows = processes.tell_each("reading the questions", lambda: _read_questions(config))
     questions = _split(from_json(Question, row) for row in rows)
     exam_texts = ExamTexts(questions["test"])
@@ -213,14 +235,7 @@ def open_school(
         )
     if processes.is_main():
         _keep_questions(folder, questions)
-    student = None
-    if config.student.model != TEACHER:
-        student = open_student(config, _base_model(config, folder, questions, progress), folder)
-        progress.note(f"mesh {student.layout}")
-    if processes.is_main():
-        facts = _find_facts(config, folder, questions, found, student)
-        run_folder.write_manifest(folder, facts)
-    return School(config, folder, questions, exam_texts, student, progress, sinks)
+    return questions, exam_texts, found
 
 
 def _find_facts(
