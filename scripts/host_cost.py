@@ -184,7 +184,7 @@ def ask_teacher(folder: Path, questions: int, samples: int) -> int:
     from distill_jax.progress import Progress
     from distill_jax.records import Attempt
     from distill_jax.run_folder import stream_records, write_records
-    from distill_jax.teacher import client, transport
+    from distill_jax.teacher import transport
     from distill_jax.teaching import teach
 
     text = "First there are some apples, and then there are fewer of them. " * 3
@@ -203,7 +203,6 @@ def ask_teacher(folder: Path, questions: int, samples: int) -> int:
     async def connect(*_: Any, **__: Any) -> AsyncIterator[Instant]:
         yield Instant()
 
-    vars(client)["connect"] = connect
     config = _config(folder, url="http://127.0.0.1:1/v1", model="m", samples=samples)
     exam = stream_records(folder / "round_02" / "exam.jsonl", Attempt)
     settings: Any = {"round_index": 2, "progress": Progress(quiet=True)}

@@ -111,6 +111,12 @@ def test_what_the_context_cannot_hold_is_counted():
     assert rows[0].positives == ()
 
 
+def test_attempts_at_a_question_must_stand_together():
+    torn = [attempt("q", "wrong", 1), attempt("p", "wrong", 1), attempt("q", "false", 2)]
+    with pytest.raises(ValueError, match="those at 'q' do not"):
+        rows_of([rationale("q", "text"), rationale("p", "text")], torn)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 6), min_size=1, max_size=12),

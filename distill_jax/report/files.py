@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from distill_jax.records import from_json
 from distill_jax.run_folder import partial_path
@@ -62,7 +62,7 @@ def _rows(path: Path, lines: Iterable[bytes], kind: type[T], *, torn: int | None
     """Reads lines, of which the one that is `torn` may be half written."""
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row: Any = json.loads(line)
             yield row if kind is dict else from_json(kind, row)
         except ValueError as error:
             if number == torn:
