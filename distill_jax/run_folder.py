@@ -147,7 +147,7 @@ def _write(path: Path, texts: Iterable[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
         raise
     beside.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)

@@ -17,7 +17,7 @@ from fault_server import Call, FaultServer, Says, chat, choice, error, fault_ser
 
 from distill_jax.cli import app
 from distill_jax.config import TeacherConfig
-from distill_jax.records import Completion, Lesson, Question
+from distill_jax.records import Completion, Question
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.governor import Patience
 from distill_jax.teacher.ledger import Ledger
@@ -40,19 +40,15 @@ def rows_from(complete: Complete, size: int) -> list[str]:
     questions = [
         Question(f"q/{i}", f"{i} + 1?", str(i + 1), "train", "numeric") for i in range(size)
     ]
-    lesson = Lesson(
-        tuple(
-            ask_teacher(
-                questions,
-                {},
-                complete,
-                prompt=lambda question, mistake: question.text,
-                round_index=1,
-                samples=2,
-            )
-        )
+    rows = ask_teacher(
+        questions,
+        {},
+        complete,
+        prompt=lambda question, mistake: question.text,
+        round_index=1,
+        samples=2,
     )
-    return [repr(row) for row in lesson.rows]
+    return [*map(repr, rows)]
 
 
 def teach(path: Path, url: str, size: int) -> list[str]:
