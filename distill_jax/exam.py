@@ -9,7 +9,7 @@ from distill_jax.records import GREEDY, Attempt, Completion, Kind, Question
 Sitting = Callable[..., Iterable[tuple[int, Sequence[Completion]]]]
 """`generate.Generate` with student, samples, seed and round bound; a test may pass its own.
 
-Called with prompts, their ids, and `done`, the indices of prompts to leave out.
+Called with prompts, gone through once, their ids, and `done`, the indices of prompts to leave out.
 """
 
 
@@ -76,7 +76,7 @@ def _sit(
 ) -> Iterator[list[Attempt]]:
     owed = {index for index, name in enumerate(ids) if name not in done}
     skip = set(range(len(ids))) - owed
-    for index, completions in generate([prompt(q) for q in questions], ids, done=skip):
+    for index, completions in generate(map(prompt, questions), ids, done=skip):
         if index not in owed:
             raise ValueError(f"generate answered {ids[index]!r}, which it does not owe.")
         owed.remove(index)

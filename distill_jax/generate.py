@@ -1,7 +1,8 @@
 """Prompts to completions: the tokenizer, the seats and the device programs of an exam together."""
 
 import hashlib
-from collections.abc import Collection, Generator, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,12 +13,13 @@ from jax.typing import DTypeLike
 
 from distill_jax.config import ExamConfig
 from distill_jax.engine import Engine, Weights, exam_mesh
+from distill_jax.int_lists import Prompts
 from distill_jax.records import GREEDY, Completion
 from distill_jax.slots import LEAST, PAGE, Prompt, Row, Seating, Tally
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
 from distill_jax.student.model import Params, abstract_params
 from distill_jax.student.sampling import Sampling
-from distill_jax.tokenizer import Tokenizer, common_length, padded_length
+from distill_jax.tokenizer import Tokenizer, padded_length
 
 BLANK_LINE = "\n\n"
 
@@ -37,7 +39,7 @@ class Generate:
     def __call__(
         self,
         params: Params,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         ids: Sequence[str],
         *,
         samples: int,
@@ -54,7 +56,7 @@ class Generate:
 
         Args:
           params: The student's weights, in any layout on the mesh. Laid out for the exam once.
-          prompts: What to complete. Their common first tokens are computed once.
+          prompts: What to complete, gone through once. Their common first tokens are computed once.
           ids: An id for each prompt. What is drawn depends on seed, round, id and sample alone.
           samples: Completions drawn per prompt, from 0.
           seed: Of the run.
@@ -70,13 +72,12 @@ class Generate:
         Raises:
           ValueError: there are not as many ids as prompts; raised with the first result.
         """
-        if len(ids) != len(prompts):
-            raise ValueError(f"each prompt needs an id; got {len(prompts)} and {len(ids)} ids.")
-        owed = set(range(len(prompts))) - set(done)
-        asked, common = self._ask(prompts, ids, samples, (seed, round_index))
-        for index in sorted(owed - {prompt.index for prompt in asked}):
+        asked = self.ask(prompts, ids, samples, (seed, round_index))
+        owed = set(range(len(ids))) - set(done)
+        for index in sorted(owed.difference(asked.fit)):
             yield index, (Completion("", "length", 0),) * (1 + samples)
-        if not owed & {prompt.index for prompt in asked}:
+        owed.intersection_update(asked.fit)
+        if not owed:
             return
         weights = self.engine.lay_out(params)
         slots = plan_slots(
@@ -86,33 +87,58 @@ class Generate:
             num_owed=len(owed) * (1 + samples),
             free=free_memory(self.engine.mesh),
         )
-        for prompt in sit(self.engine, weights, common, asked, owed=owed, slots=slots):
+        for prompt in sit(self.engine, weights, asked.common, asked, owed=owed, slots=slots):
             yield prompt.index, tuple(map(self._completion, prompt.rows))
 
-    def _ask(
-        self, prompts: Sequence[str], ids: Sequence[str], samples: int, seeds: tuple[int, int]
-    ) -> tuple[list[Prompt], list[int]]:
-        """The prompts that leave room for an answer, and the tokens that they all begin with."""
-        encoded, common = [self.tokenizer.encode_prompt(prompt) for prompt in prompts], 0
-        fit = [i for i, tokens in enumerate(encoded) if len(tokens) <= self.config.max_positions]
-        if isinstance(self.config, EncoderDecoderConfig):
-            # States of the encoder depend on the whole prompt: nothing of it is common.
-            encoded = [[*tokens, self.config.start_id] for tokens in encoded]
-        else:
-            common = common_length([encoded[i] for i in fit])
-        asked = [Prompt(i, encoded[i][common:]) for i in fit]
-        for prompt in asked:
-            # The last token that is chosen is never read, and needs no position.
-            room = self.config.max_positions + 1 - len(encoded[prompt.index])
-            keys = row_keys(*seeds, ids[prompt.index], 1 + samples)
-            for place, key in enumerate(keys):
-                greedy = place == GREEDY
-                limit = self.exam.max_new_tokens[0 if greedy else 1]
-                prompt.rows.append(Row(prompt, place, min(limit, room), key))
-        return asked, encoded[fit[0]][:common] if fit else []
+    def ask(
+        self, prompts: Iterable[str], ids: Sequence[str], samples: int, seeds: tuple[int, int]
+    ) -> "Asked":
+        """The prompts that leave room for an answer, ready to be seated."""
+        encoded, fit, count = Prompts(), array("i"), 0
+        # States of an encoder depend on the whole prompt: nothing of it is common.
+        start = [self.config.start_id] if isinstance(self.config, EncoderDecoderConfig) else None
+        for count, tokens in enumerate(self.tokenizer.encode_prompts(prompts), start=1):
+            if len(tokens) <= self.config.max_positions:
+                fit.append(count - 1)
+                encoded.append([*tokens, *(start or ())])
+        if len(ids) != count:
+            raise ValueError(f"each prompt needs an id; got {count} and {len(ids)} ids.")
+        num_common = 0 if start else encoded.num_common
+        return Asked(self, encoded, fit, ids, samples, seeds, num_common)
 
     def _completion(self, row: Row) -> Completion:
         return read_completion(self.tokenizer, row.chosen, stopped=row.stopped)
+
+
+@dataclass(frozen=True)
+class Asked(Sequence[Prompt]):
+    """The prompts of an exam, each made when it is asked for: there may be millions."""
+
+    generate: Generate
+    encoded: Prompts
+    fit: Sequence[int]  # which of those given
+    ids: Sequence[str]  # of those given
+    samples: int
+    seeds: tuple[int, int]  # of the run, and the round of the weights
+    num_common: int
+
+    @property
+    def common(self) -> list[int]:
+        """The tokens that all begin with."""
+        return self.encoded.first[: self.num_common]
+
+    def __len__(self) -> int:
+        return len(self.fit)
+
+    def __getitem__(self, number: int) -> Prompt:
+        index = self.fit[number]
+        prompt = Prompt(index, self.encoded.behind(number, self.num_common))
+        # The last token that is chosen is never read, and needs no position.
+        room = self.generate.config.max_positions + 1 - self.encoded.length(number)
+        for place, key in enumerate(row_keys(*self.seeds, self.ids[index], 1 + self.samples)):
+            limit = self.generate.exam.max_new_tokens[0 if place == GREEDY else 1]
+            prompt.rows.append(Row(prompt, place, min(limit, room), key))
+        return prompt
 
 
 def read_completion(tokenizer: Tokenizer, tokens: list[int], *, stopped: bool) -> Completion:

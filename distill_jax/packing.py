@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from distill_jax.int_lists import Tokens
 from distill_jax.student.objective import LIKELIHOODS, Objective
 from distill_jax.student.tree import NOWHERE, Batch, Counts
 
-Tokens = tuple[int, ...]
 Others = tuple[tuple[tuple[int, float], ...], ...]
 """For every token of a text what else may stand in its place, with its share; () if nothing may."""
 Sizes = TypeVar("Sizes", bound=tuple[int, ...])

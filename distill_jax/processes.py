@@ -6,13 +6,14 @@ keys and values, and a thread of each watches the others, since its main thread 
 inside a collective that never ends.
 """
 
+import itertools
 import json
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
@@ -25,6 +26,9 @@ _WAIT_MS = 500
 """Waiting is cut into such stretches, so that signals are noticed between them."""
 
 _GO_ON = "the same command goes on from here."
+
+_TOGETHER = 1000
+"""Values that are told at a time, of many."""
 
 _GRACE_S = 1.0
 """For those who part to hear that they may."""
@@ -341,6 +345,26 @@ def tell(name: str, work: Callable[[], T]) -> T:
       2
     """
     return _current.tell(name, work)
+
+
+def tell_each(name: str, work: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """The same for many values, some of them at a time: nobody ever holds them all.
+
+    All processes go through all of them.
+
+    Example:
+      >>> list(tell_each("counting", lambda: range(3)))
+      [0, 1, 2]
+    """
+    values = None
+
+    def some() -> list[T]:
+        nonlocal values
+        values = iter(work()) if values is None else values
+        return list(itertools.islice(values, _TOGETHER))
+
+    while told := tell(name, some):
+        yield from told
 
 
 def gather(name: str, value: T) -> list[T]:

@@ -7,6 +7,7 @@ Texts of demonstrations lie in `demonstrations/`: `{task}.txt` in the student's 
 `{task}_feedback.txt` in the form that shows the teacher a mistake.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ _ANSWER_LABEL = re.compile(r"(?:(?:^|(?<=\s))\*{0,2}(?:Final [Aa]|A)nswer\*{0,2}
 _REPLY_LABEL = re.compile(r"\*{0,2}(?:(?:Better )?Reasoning|Answer)\*{0,2}:\*{0,2}\s")
 
 
+@functools.cache
 def demonstrations(task_name: str, form: Form = "rationale", *, hint: bool = False) -> str:
     """The worked examples that stand before every question of a task in the student's prompt.
 

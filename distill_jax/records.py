@@ -144,7 +144,8 @@ class Lesson:
 
 def to_json(record: object) -> dict:
     """The record as a JSON-ready dict, one key per field."""
-    return dataclasses.asdict(record)  # pyright: ignore[reportArgumentType]
+    fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
+    return {field.name: getattr(record, field.name) for field in fields}
 
 
 def from_json(kind: type[T], row: dict) -> T:

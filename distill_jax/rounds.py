@@ -7,15 +7,16 @@ Of several processes all walk through the same stages. What only the first may t
 others.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from distill_jax import run_folder
-from distill_jax.batches import make_rows
 from distill_jax.bucket import local_folder
 from distill_jax.config import SELF, TEACHER, Config, ConfigError, parse_config
 from distill_jax.config_file import differences
@@ -23,20 +24,23 @@ from distill_jax.exam import accuracy, take_exam
 from distill_jax.mirror import hold
 from distill_jax.plan.savings import SAVE_IN_EXAM, explained, save_in_training
 from distill_jax.plan.work import read_texts
-from distill_jax.processes import gather, is_main, tell
+from distill_jax.processes import gather, is_main, tell, tell_each
 from distill_jax.progress import Progress
-from distill_jax.records import Attempt, Lesson, Question, Rationale, Split, from_json, to_json
+from distill_jax.records import Attempt, Question, Rationale, Split, from_json, to_json
+from distill_jax.rows import make_rows
 from distill_jax.run_folder import (
     Partial,
-    read_records,
-    read_rows,
     round_folder,
+    sort_rows,
+    stream_records,
+    stream_rows,
     timed,
     write_records,
+    write_rows,
 )
 from distill_jax.school import School, open_school
 from distill_jax.sinks import SinkName
-from distill_jax.syllabus import Syllabus, choose, read_sources
+from distill_jax.syllabus import choose, read_sources
 from distill_jax.teacher.lesson import mark_attempts
 from distill_jax.teaching import (
     check_teacher,
@@ -47,8 +51,6 @@ from distill_jax.teaching import (
     wants_rationales,
 )
 from distill_jax.training import make_course, train_round
-
-T = TypeVar("T")
 
 NO_MISTAKES = "every training question was answered right"
 NOTHING_KEPT = "none of the teacher's answers could be trained on"
@@ -110,16 +112,19 @@ def _compare(config: Config) -> None:
 
 def _play_round(school: School, round_index: int) -> str:
     """One round; returns why it could not be played, or an empty string."""
-    attempts = _sit(school, round_index, "exam", weights_round=round_index - 1)
-    if round_index > 1 and not find_mistakes(attempts):
+    exam = _sit(school, round_index, "exam", weights_round=round_index - 1)
+    if round_index > 1 and not tell("looking for mistakes", lambda: _has_mistakes(exam)):
         return NO_MISTAKES
-    _teach(school, round_index, attempts)
+    _teach(school, round_index, exam)
     _judge(school, round_index)
-    if not _choose(school, round_index).rationales:
+    if not _train(school, round_index, exam):
         return NOTHING_KEPT
-    _train(school, round_index, attempts)
     _sit(school, round_index, "dev", weights_round=round_index)
     return ""
+
+
+def _has_mistakes(exam: Path) -> bool:
+    return bool(find_mistakes(stream_records(exam, Attempt)))
 
 
 def _reason_to_stop(school: School, finished: int) -> str:
@@ -138,7 +143,7 @@ def _reason_to_stop(school: School, finished: int) -> str:
 
 def _dev_accuracies(school: School, finished: int) -> list[float]:
     paths = [round_folder(school.folder, r) / "dev.jsonl" for r in range(finished + 1)]
-    return [accuracy(read_records(path, Attempt)) for path in paths]
+    return [accuracy(stream_records(path, Attempt)) for path in paths]
 
 
 def _finish(school: School, finished: int, reason: str) -> None:
@@ -148,8 +153,8 @@ def _finish(school: School, finished: int, reason: str) -> None:
         marks = tell("choosing a round", lambda: _dev_accuracies(school, finished))
         chosen = int(np.argmax(marks))
     if school.questions["test"]:
-        attempts = [_sit(school, r, "test", weights_round=r) for r in sorted({0, chosen})]
-        write_records(school.folder / "test.jsonl", [row for rows in attempts for row in rows])
+        exams = [_sit(school, r, "test", weights_round=r) for r in sorted({0, chosen})]
+        write_rows(school.folder / "test.jsonl", chain.from_iterable(map(stream_rows, exams)))
     result = {"stop_reason": reason, "chosen_round": chosen, "rounds": finished}
     run_folder.write_json(school.folder / "result.json", result)
 
@@ -161,22 +166,22 @@ def _sit(
     *,
     weights_round: int,
     asked: Sequence[Question] | None = None,
-) -> list[Attempt]:
-    """The attempts of one exam, from its file or by taking it.
+) -> Path:
+    """The file of one exam's attempts, in the order of the questions; takes the exam if need be.
 
     `exam` asks the training questions for a greedy answer and samples; `dev` and `test` ask their
     questions for the greedy answer alone; `hinted` asks those in `asked`, and shows the answer.
     """
     path = round_folder(school.folder, round_index) / f"{stage}.jsonl"
     if tell(f"looking for {path.name}", path.exists):
-        return _hear(path, Attempt)
+        return path
     split: Split = "dev" if stage == "dev" else "test" if stage == "test" else "train"
     questions = school.questions[split] if asked is None else asked
     config, hinted = school.config, stage == "hinted"
     samples = {"exam": config.exam.samples, "hinted": config.teacher.samples - 1}.get(stage, 0)
     part = Partial(path)
-    part.keep(len(part.rows) - len(part.rows) % (1 + samples))  # whole questions only
-    done = set(tell("looking who is done", lambda: [row["question_id"] for row in part.rows]))
+    part.keep(len(part) - len(part) % (1 + samples))  # whole questions only
+    done = set(tell_each("looking who is done", lambda: _ids(run_folder.partial_path(path))))
     if len(done) < len(questions):
         sitting = take_exam(
             questions,
@@ -201,26 +206,28 @@ def _sit(
                 advance(1)
     part.close()
     if is_main():
-        _finish_exam(path, questions, samples)
-    return _hear(path, Attempt)
+        finish_exam(path, questions, samples)
+    return path
 
 
-def _finish_exam(path: Path, questions: Sequence[Question], samples: int) -> None:
-    """Sorts what came in any order."""
-    rows = read_records(run_folder.partial_path(path), Attempt)
+def finish_exam(path: Path, questions: Sequence[Question], samples: int) -> None:
+    """Makes the partial file of an exam, in any order, its finished one in order."""
     place = {question.id: index for index, question in enumerate(questions)}
-    rows.sort(key=lambda row: (place[row.question_id], row.sample_index))
-    assert len(rows) == len(questions) * (1 + samples), "every question is sat exactly once"
-    write_records(path, rows)
+    count = sort_rows(path, lambda row: (place[row["question_id"]], row["sample_index"]))
+    assert count == len(questions) * (1 + samples), "every question is sat exactly once"
 
 
-def _hear(path: Path, kind: type[T]) -> list[T]:
-    """The records of a finished stage, which the first process reads to all."""
-    rows = tell(f"reading {path.name}", lambda: read_rows(path))
-    return [from_json(kind, row) for row in rows]
+def _ids(path: Path) -> Iterator[str]:
+    """The questions of rows, each once where its rows stand together."""
+    return (id for id, _ in groupby(row["question_id"] for row in stream_rows(path)))
 
 
-def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
+def _hear(path: Path) -> Iterator[Attempt]:
+    """The attempts of a finished exam, which the first process reads to all."""
+    return (from_json(Attempt, row) for row in tell_each("reading", lambda: stream_rows(path)))
+
+
+def _teach(school: School, round_index: int, exam: Path) -> None:
     """Leaves the round's lesson in its file: the teacher's, or the student's own. Or an empty one.
 
     It is empty where the student learns bare answers, which the questions hold.
@@ -235,16 +242,16 @@ def _teach(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
                 config,
                 school.folder,
                 school.questions["train"],
-                attempts,
+                stream_records(exam, Attempt),
                 round_index=round_index,
                 progress=school.progress,
             )
-        write_records(path, lesson.rows)
+            write_records(path, lesson)
 
     if not wants_rationales(config):
         write_records(path, ())
     elif config.teacher.url == SELF:
-        write_records(path, _teach_oneself(school, round_index, attempts).rows)
+        write_records(path, _teach_oneself(school, round_index, exam))
     else:
         tell(f"teaching, round {round_index}", ask)
 
@@ -262,52 +269,61 @@ def _judge(school: School, round_index: int) -> None:
                 config,
                 school.folder,
                 school.questions["train"],
-                read_sources(config, path.parent),
+                [*read_sources(config, path.parent)],
                 round_index=round_index,
                 progress=school.progress,
             )
-        write_records(path, approved)
+            write_records(path, approved)
 
     if "judged" in config.train.rows:
         tell(f"judging, round {round_index}", ask)
 
 
-def _teach_oneself(school: School, round_index: int, attempts: Sequence[Attempt]) -> Lesson:
+def _teach_oneself(school: School, round_index: int, exam: Path) -> Iterator[Rationale]:
     """The student's own attempts; where none is right, those that it makes once shown the answer.
 
     Source: STaR (Zelikman et al., NeurIPS 2022).
     """
     questions, samples = school.questions["train"], school.config.teacher.samples
-    tried = [attempt for attempt in attempts if attempt.sample_index < samples]
+    exams = [exam]
     if school.config.teacher.hint:
-        right = {attempt.question_id for attempt in tried if attempt.correct}
+        right = {a.question_id for a in _hear(exam) if a.sample_index < samples and a.correct}
         stuck = [question for question in questions if question.id not in right]
-        tried += _sit(school, round_index, "hinted", weights_round=round_index - 1, asked=stuck)
+        exams.append(
+            _sit(school, round_index, "hinted", weights_round=round_index - 1, asked=stuck)
+        )
+    tried = (_first_samples(path, samples) for path in exams)
     return mark_attempts(questions, tried, round_index=round_index)
 
 
-def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> None:
-    """Trains on the round's rationales, unless that is done."""
+def _first_samples(exam: Path, samples: int) -> Iterator[Attempt]:
+    return (a for a in stream_records(exam, Attempt) if a.sample_index < samples)
+
+
+def _train(school: School, round_index: int, exam: Path) -> bool:
+    """Trains on the round's rationales, unless that is done; says if there were any."""
     config, student = school.config, school.student
     assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
     if tell("looking for metrics.jsonl", (folder / "metrics.jsonl").exists):
-        return
-    chosen = _choose(school, round_index)
+        return True
+    left_out: Counter[str] = Counter()
     rows = make_rows(
-        chosen.rationales,
-        attempts,
+        _choose(school, round_index, left_out),
+        _hear(exam),
         {question.id: question for question in school.questions["train"]},
         tokenizer=student.tokenizer,
         prompts={form: partial(exam_prompt, config, form=form) for form in config.train.targets},
         max_length=student.model.max_positions,
         seed=config.seed,
     )
+    if not rows and not rows.dropped:
+        return False
     run_folder.update_round(
         school.folder,
         round_index,
-        rows=len(rows.rows),
-        dropped_rows={**chosen.left_out, **rows.dropped},
+        rows=len(rows),
+        dropped_rows={**dict(sorted(left_out.items())), **rows.dropped},
         cut_mistakes=rows.num_cut_mistakes,
         pairs=rows.num_pairs,
         target_tokens=rows.num_targets,
@@ -333,15 +349,15 @@ def _train(school: School, round_index: int, attempts: Sequence[Attempt]) -> Non
             sinks=school.sinks,
         )
     student.weights.put(round_index, trained, frozen)
+    return True
 
 
-def _choose(school: School, round_index: int) -> Syllabus:
-    def pick() -> dict[str, Any]:
+def _choose(school: School, round_index: int, left_out: Counter[str]) -> Iterator[Rationale]:
+    """The rationales of a round, which the first process reads to all, and counts the others."""
+
+    def pick() -> Iterator[dict[str, Any]]:
         questions, texts = school.questions["train"], school.exam_texts
-        picked = choose(school.config, school.folder, questions, texts, round_index=round_index)
-        rows = [to_json(rationale) for rationale in picked.rationales]
-        return {"rationales": rows, "left_out": dict(picked.left_out)}
+        settings: Any = {"round_index": round_index, "left_out": left_out}
+        return map(to_json, choose(school.config, school.folder, questions, texts, **settings))
 
-    told = tell("choosing rationales", pick)
-    rationales = [from_json(Rationale, row) for row in told["rationales"]]
-    return Syllabus(rationales, told["left_out"])
+    return (from_json(Rationale, row) for row in tell_each("choosing rationales", pick))

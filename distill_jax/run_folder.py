@@ -15,9 +15,12 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from distill_jax.bucket import local_folder
 from distill_jax.config import Config, ConfigError
@@ -131,13 +134,21 @@ def partial_path(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file beside `path` and renames it into place."""
+    _write(path, [text])
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
     if not is_main():
         return
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     beside.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -164,21 +175,54 @@ def write_records(path: Path, records: Iterable[object]) -> None:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes a finished stage's rows, one JSON object per line, and drops its partial file."""
     if is_main():
-        write_text(path, "".join(map(_line, rows)))
+        _write(path, map(_line, rows))
         partial_path(path).unlink(missing_ok=True)
+
+
+def sort_rows(path: Path, key: Callable[[dict[str, Any]], tuple[int, ...]]) -> int:
+    """Makes the partial file of a stage its finished file, in order; returns how many rows.
+
+    Holds a few numbers of every row, not the rows.
+
+    Args:
+      path: The finished file.
+      key: As many whole numbers for each row, which sort them.
+    """
+    partial, keys, ends = partial_path(path), array("q"), array("q", [0])
+    with partial.open("rb") as file:
+        for line in file:
+            keys.extend(key(json.loads(line)))
+            ends.append(ends[-1] + len(line))
+        count = len(ends) - 1
+        columns = np.frombuffer(keys, np.int64).reshape(count, -1).T if count else ()
+
+        def lines() -> Iterator[str]:
+            for number in np.lexsort(columns[::-1]).tolist() if count else ():
+                file.seek(ends[number])
+                yield file.read(ends[number + 1] - ends[number]).decode()
+
+        _write(path, lines())
+    partial.unlink()
+    return count
 
 
 def read_records(path: Path, kind: type[T]) -> list[T]:
     """The records of a finished stage."""
-    return [from_json(kind, row) for row in _stream(path)]
+    return [*stream_records(path, kind)]
+
+
+def stream_records(path: Path, kind: type[T]) -> Iterator[T]:
+    """The same, one after the other."""
+    return (from_json(kind, row) for row in stream_rows(path))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a stage, finished or not; none if there is no file."""
-    return list(_stream(path))
+    return [*stream_rows(path)]
 
 
-def _stream(path: Path) -> Iterator[dict[str, Any]]:
+def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after the other."""
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from map(json.loads, file)
@@ -191,31 +235,42 @@ class Partial:
     """
 
     def __init__(self, path: Path):
-        self.rows: list[dict[str, Any]] = []
         self._path = partial_path(path)
-        self._file = None
+        self._ends, self._file, self._synced = array("q"), None, time.monotonic()
         if is_main():
-            whole = _whole_lines(self._path)
-            self.rows = [json.loads(line) for line in whole]
+            self._ends = _find_ends(self._path)
             self._file = self._path.open("ab")
-            self._file.truncate(sum(map(len, whole)))
+            self.keep(len(self))
+
+    def __len__(self) -> int:
+        return len(self._ends)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows; they are on disk when this returns."""
+        """Adds rows. A process that is killed leaves them; a machine may lose the last second's."""
         if self._file:
-            self._file.write("".join(map(_line, rows)).encode())
+            for line in (_line(row).encode() for row in rows):
+                self._file.write(line)
+                self._ends.append(len(line) + (self._ends[-1] if self._ends else 0))
             self._file.flush()
+            if time.monotonic() - self._synced > 1.0:
+                self.sync()
+
+    def sync(self) -> None:
+        """Returns once all rows are on the disk."""
+        if self._file:
             os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
 
     def keep(self, num_rows: int) -> None:
         """Forgets the rows after the first `num_rows`."""
-        self.rows = self.rows[:num_rows]
+        del self._ends[num_rows:]
         if self._file:
-            self._file.truncate(sum(len(_line(row).encode()) for row in self.rows))
+            self._file.truncate(self._ends[-1] if self._ends else 0)
 
     def close(self) -> None:
         """Releases the file; the rows stay."""
-        if self._file:
+        if self._file and not self._file.closed:
+            self.sync()
             self._file.close()
 
     def finish(self, path: Path) -> None:
@@ -229,18 +284,19 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row) + "\n"  # ASCII: a lone surrogate in a teacher's text can't break it
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines before the first that is cut short or is not JSON."""
-    whole = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            break
-        whole.append(line)
-    return whole
+def _find_ends(path: Path) -> array:
+    """Where the lines before the first that is cut short or is not JSON end, in bytes."""
+    ends = array("q")
+    with path.open("rb") if path.exists() else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            try:
+                json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            ends.append(len(line) + (ends[-1] if ends else 0))
+    return ends
 
 
 @contextlib.contextmanager

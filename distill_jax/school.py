@@ -1,9 +1,10 @@
 """What the stages of a run share: the questions, the student and its weights."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
 from distill_jax.report.marks import greedy, mark
-from distill_jax.run_folder import read_records, round_folder, write_records
+from distill_jax.run_folder import round_folder, stream_records, write_records
 from distill_jax.sinks import SinkName
 from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig, Lora
@@ -201,17 +202,7 @@ def open_school(
       ConfigError: there is nothing to teach, or the questions are not those that the run began
         with.
     """
-    rows = processes.tell("reading the questions", lambda: _read_questions(config))
-    questions = _split([from_json(Question, row) for row in rows])
-    exam_texts = ExamTexts(questions["test"])
-    questions["train"], found = exam_texts.split(questions["train"])
-    if not questions["train"]:
-        raise ConfigError(
-            f"task.name={config.task.name} has no training questions to teach, but for "
-            f"{sum(map(len, found.values()))} that are test questions too."
-        )
-    if processes.is_main():
-        _keep_questions(folder, [question for rows in questions.values() for question in rows])
+    questions, exam_texts, found = open_questions(config, folder)
     student = None
     if config.student.model != TEACHER:
         student = open_student(config, _base_model(config, folder, questions, progress), folder)
@@ -220,6 +211,31 @@ def open_school(
         facts = _find_facts(config, folder, questions, found, student)
         run_folder.write_manifest(folder, facts)
     return School(config, folder, questions, exam_texts, student, progress, sinks)
+
+
+def open_questions(
+    config: Config, folder: Path
+) -> tuple[dict[Split, list[Question]], ExamTexts, Mapping[Reason, Sequence[str]]]:
+    """The questions of a run by split, kept in its folder; and the test's texts.
+
+    Returns:
+      Also the ids of training questions that are left out, as they are test questions too.
+
+    Raises:
+      ConfigError: as `open_school`.
+    """
+    rows = processes.tell_each("reading the questions", lambda: _read_questions(config))
+    questions = _split(from_json(Question, row) for row in rows)
+    exam_texts = ExamTexts(questions["test"])
+    questions["train"], found = exam_texts.split(questions["train"])
+    if not questions["train"]:
+        raise ConfigError(
+            f"task.name={config.task.name} has no training questions to teach, but for "
+            f"{sum(map(len, found.values()))} that are test questions too."
+        )
+    if processes.is_main():
+        _keep_questions(folder, questions)
+    return questions, exam_texts, found
 
 
 def _find_facts(
@@ -251,22 +267,23 @@ def _find_facts(
     return facts
 
 
-def _split(questions: Sequence[Question]) -> dict[Split, list[Question]]:
-    splits: tuple[Split, ...] = ("train", "dev", "test")
-    return {split: [q for q in questions if q.split == split] for split in splits}
+def _split(questions: Iterable[Question]) -> dict[Split, list[Question]]:
+    splits: dict[Split, list[Question]] = {"train": [], "dev": [], "test": []}
+    for question in questions:
+        splits[question.split].append(question)
+    return splits
 
 
-def _read_questions(config: Config) -> list[dict[str, Any]]:
-    found = load_questions(config.task, seed=config.seed, data_dir=default_data_dir())
-    return [to_json(question) for question in found]
+def _read_questions(config: Config) -> Iterator[dict[str, Any]]:
+    return map(to_json, load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
 
 
-def _keep_questions(folder: Path, questions: list[Question]) -> None:
+def _keep_questions(folder: Path, splits: Mapping[Split, Sequence[Question]]) -> None:
     """Writes the run's questions once; later they must be the same."""
-    path = folder / "questions.jsonl"
+    path, questions = folder / "questions.jsonl", chain.from_iterable(splits.values())
     if not path.exists():
         write_records(path, questions)
-    elif read_records(path, Question) != questions:
+    elif any(x != y for x, y in zip_longest(stream_records(path, Question), questions)):
         raise ConfigError(
             f"the questions are not those that {folder} began with; "
             "restore the question set, or name another folder."

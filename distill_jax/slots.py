@@ -38,7 +38,9 @@ class Prompt:
     """A question that is asked."""
 
     index: int  # among the prompts given
-    tokens: list[int]  # behind the common ones; the last is fed by each row, the others are read
+    tokens: Sequence[
+        int
+    ]  # behind the common ones; the last is fed by each row, the others are read
     rows: list["Row"] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # of all tokens but the last
 
@@ -178,23 +180,26 @@ class Seating:
 
         Args:
           prompts: All of the exam, each with the same number of rows: they decide on the widths of
-            tables, which must not change with what is owed.
+            tables, which must not change with what is owed. May be made when they are asked for:
+            the seating holds on only to those that are being answered.
           owed: Indices of those to be answered; at least one is.
           desks: Replicas of the weights.
           slots: Of each desk, a multiple of `LEAST`.
         """
-        ordered = sorted(prompts, key=lambda p: (p.num_pages, len(p.tokens), p.index))
-        queue = [prompt for prompt in ordered if prompt.index in owed]
-        self._queue, self._share = deque(queue), len(queue[0].rows)
+        self._prompts, self._share = prompts, len(prompts[0].rows)
+        facts = ((p.index, len(p.tokens), p.num_pages, _most(p.rows)) for p in prompts)
+        index, length, self._pages, limit = np.fromiter(facts, np.dtype((np.int32, 4))).T
+        ordered = np.lexsort((index, length, self._pages))
+        self._queue = deque(i for i in ordered.tolist() if index[i] in owed)
         self._together = max(1, slots // (4 * self._share))
         # A prompt is held from before its rows sit down until the last of them has ended.
         longest = ordered[-(3 * slots // (2 * self._share) + self._together) :]
-        num_pages = sum(prompt.num_pages for prompt in longest)
+        num_pages = int(self._pages[longest].sum())
         self.sizes = Sizes(slots, padded_length(num_pages), _usual_pages(slots))
         self._fewer = [-(-slots // (parts * LEAST)) * LEAST for parts in FEWER]
         self._desks = [_Desk(self.sizes) for _ in range(desks)]
-        self._most_pages = ordered[-1].num_pages
-        self._own_width = -(-max(row.limit for p in prompts for row in p.rows) // PAGE)
+        self._most_pages = int(self._pages.max())
+        self._own_width = -(-int(limit.max()) // PAGE)
         self.tally = Tally()
 
     @property
@@ -210,12 +215,12 @@ class Seating:
         """
         if not self._queue or all(desk.ahead >= 0 for desk in self._desks):
             return None
-        width = _doubled(self._queue[0].num_pages)
+        width = self._next_width
         taken: list[list[Prompt]] = [[] for _ in self._desks]
         open_ = [d.ahead < self._together * self._share for d in self._desks]
         for place in np.tile(np.flatnonzero(open_), self._together):
-            if self._queue and _doubled(self._queue[0].num_pages) == width:
-                taken[place].append(self._queue.popleft())
+            if self._queue and self._next_width == width:
+                taken[place].append(self._prompts[self._queue.popleft()])
         for desk, prompts in zip(self._desks, taken, strict=True):
             desk.prompts += prompts
             desk.waiting.extend(row for prompt in prompts for row in prompt.rows)
@@ -254,6 +259,10 @@ class Seating:
                 row.stopped = bool(chosen.stopped[place])
                 if row.ended and desk.leave(slot, row):
                     yield row.prompt
+
+    @property
+    def _next_width(self) -> int:
+        return _doubled(int(self._pages[self._queue[0]]))
 
     @property
     def _waits(self) -> bool:
@@ -318,6 +327,10 @@ class Seating:
                 prompt_pages[slot, : len(text.pages)] = text.pages
                 own_pages[slot, : len(row.pages)] = row.pages
         return [token, fed, limit, keys, place, prompt, prompt_pages, own_pages]
+
+
+def _most(rows: Sequence[Row]) -> int:
+    return max(row.limit for row in rows)
 
 
 def _usual_pages(slots: int) -> int:

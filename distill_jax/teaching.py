@@ -1,6 +1,6 @@
 """One round's lesson: whom to ask about what, and where the teacher is; the teacher's own exam."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -10,6 +10,7 @@ from distill_jax import prompts
 from distill_jax.answers import read_answer
 from distill_jax.config import SELF, TEACHER, TUTOR, Config, is_free
 from distill_jax.exam import Sitting
+from distill_jax.on_demand import OnDemand
 from distill_jax.progress import Progress
 from distill_jax.records import GREEDY, Attempt, Completion, Form, Lesson, Question, Rationale
 from distill_jax.soft_targets import ALTERNATIVES
@@ -20,7 +21,7 @@ from distill_jax.teacher.lesson import Complete, Prompt, ask_teacher
 from distill_jax.teacher.tutor import serve
 
 
-def find_mistakes(attempts: Sequence[Attempt]) -> dict[str, str]:
+def find_mistakes(attempts: Iterable[Attempt]) -> dict[str, str]:
     """The greedy answers that are wrong, by question."""
     return {
         attempt.question_id: attempt.text
@@ -73,17 +74,17 @@ def sit_exam(config: Config, folder: Path, questions: Sequence[Question]) -> Sit
     )
 
     def generate(
-        prompts: Sequence[str], ids: Sequence[str], *, done: Collection[int] = ()
+        prompts: Iterable[str], ids: Sequence[str], *, done: Collection[int] = ()
     ) -> Iterator[tuple[int, list[Completion]]]:
-        owed = [index for index in range(len(ids)) if index not in done]
+        owed = {index: text for index, text in enumerate(prompts) if index not in done}
         with (
             Ledger(folder / "ledger.sqlite") as ledger,
             _teacher(config.model_copy(update={"teacher": greedy}), ledger, questions) as teacher,
         ):
-            answers = teacher.complete([Ask(prompts[index], (0,)) for index in owed])
-        for index, (said,) in zip(owed, answers, strict=True):
-            text = "\n".join(line for line in said.text.splitlines() if line.strip())
-            yield index, [replace(said, text=text)]
+            answers = teacher.fetch([Ask(text, (0,)) for text in owed.values()])
+            for index, (said,) in zip(owed, answers, strict=True):
+                text = "\n".join(line for line in said.text.splitlines() if line.strip())
+                yield index, [replace(said, text=text)]
 
     return generate
 
@@ -102,11 +103,11 @@ def teach(
     config: Config,
     folder: Path,
     questions: Sequence[Question],
-    attempts: Sequence[Attempt],
+    attempts: Iterable[Attempt],
     *,
     round_index: int,
     progress: Progress,
-) -> Lesson:
+) -> Iterator[Rationale]:
     """The round's lesson from the teacher; what its ledger holds costs nothing.
 
     Args:
@@ -120,7 +121,8 @@ def teach(
     Raises:
       TeacherError, OSError: as `TeacherClient.complete`.
     """
-    asked = _asked(questions, attempts, round_index)
+    mistakes = find_mistakes(attempts) if round_index > 1 else {}
+    asked = _asked(questions, mistakes, round_index)
     with (
         progress.stage(
             f"teaching, round {round_index}", total=len(asked), unit="questions"
@@ -136,8 +138,8 @@ def teach(
             left -= counted
             advance(counted, detail)
 
-        complete = partial(teacher.complete, advance=tick)
-        return _lesson(config, asked, attempts, complete, round_index)
+        fetch = partial(teacher.fetch, advance=tick)
+        yield from _lesson(config, asked, mistakes, fetch, round_index)
 
 
 def judge(
@@ -148,7 +150,7 @@ def judge(
     *,
     round_index: int,
     progress: Progress,
-) -> list[Rationale]:
+) -> Iterator[Rationale]:
     """Those of the rationales that the teacher approves of; what its ledger holds costs nothing.
 
     One without a readable yes is not approved.
@@ -165,7 +167,12 @@ def judge(
       TeacherError, OSError: as `TeacherClient.complete`.
     """
     asked = {question.id: question for question in questions}
-    asks = [Ask(prompts.judge_prompt(asked[row.question_id], row.text), (0,)) for row in rationales]
+
+    def ask(index: int) -> Ask:
+        row = rationales[index]
+        return Ask(prompts.judge_prompt(asked[row.question_id], row.text), (0,))
+
+    asks = OnDemand(len(rationales), ask)
     with (
         progress.stage(
             f"judging, round {round_index}", total=len(asks), unit="rationales"
@@ -173,16 +180,17 @@ def judge(
         Ledger(folder / "ledger.sqlite") as ledger,
         _teacher(config, ledger, questions) as teacher,
     ):
-        answers = teacher.complete(asks, advance=advance)
-    said = (read_answer(answer.text, "yes_no", paragraphs=True) for (answer,) in answers)
-    return [row for row, word in zip(rationales, said, strict=True) if word == "Yes"]
+        answers = teacher.fetch(asks, advance=advance)
+        for row, (answer,) in zip(rationales, answers, strict=True):
+            if read_answer(answer.text, "yes_no", paragraphs=True) == "Yes":
+                yield row
 
 
 def replay(
     config: Config,
     folder: Path,
     questions: Sequence[Question],
-    attempts: Sequence[Attempt],
+    attempts: Iterable[Attempt],
     *,
     round_index: int,
 ) -> Lesson:
@@ -194,30 +202,30 @@ def replay(
     with Ledger(folder / "ledger.sqlite") as ledger:
         url = config.teacher.url
         teacher = TeacherClient(config.teacher, ledger, url=url, free=True)
-        asked = _asked(questions, attempts, round_index)
-        return _lesson(config, asked, attempts, teacher.recall, round_index)
+        mistakes = find_mistakes(attempts)
+        asked = _asked(questions, mistakes, round_index)
+        return Lesson(tuple(_lesson(config, asked, mistakes, teacher.recall, round_index)))
 
 
 def _asked(
-    questions: Sequence[Question], attempts: Sequence[Attempt], round_index: int
+    questions: Sequence[Question], mistakes: Mapping[str, str], round_index: int
 ) -> list[Question]:
     """Every question in round 1; later those that the greedy answer got wrong."""
-    mistakes = find_mistakes(attempts)
     return [question for question in questions if round_index == 1 or question.id in mistakes]
 
 
 def _lesson(
     config: Config,
     asked: Sequence[Question],
-    attempts: Sequence[Attempt],
+    mistakes: Mapping[str, str],
     complete: Complete,
     round_index: int,
-) -> Lesson:
+) -> Iterator[Rationale]:
     """Round 1 asks without feedback; later rounds show the mistake unless feedback is off."""
     feedback = config.teacher.feedback and round_index > 1
     return ask_teacher(
         asked,
-        find_mistakes(attempts) if feedback else {},
+        mistakes if feedback else {},
         complete,
         prompt=make_prompt(config),
         round_index=round_index,

@@ -1,14 +1,18 @@
 """Text to token ids and back: where a text begins and ends, and where a prompt meets its target."""
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import transformers
 from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
 
 _ANCHORS = (":", "x", "0")
 _PLACEHOLDER = re.compile(r"<\|extratoken_\d+\|>")  # GPT-J names the rows that pad its embedding
@@ -17,6 +21,9 @@ OLDER_FILES = ("vocab.json", "tokenizer.model", "spiece.model")
 """What older directories hold instead of `tokenizer.json`."""
 
 T5_CLASSES = ("T5Tokenizer", "T5TokenizerFast")
+
+TOGETHER = 512
+"""Texts that are tokenised in one call."""
 
 BEGINS, ENDS, BLANK = 1, 2, 4
 """Bits of `Tokenizer.newlines`."""
@@ -70,7 +77,14 @@ class Tokenizer:
         A beginning token stands exactly where the published tokenizer puts one; what looks like a
         special token in `text` is text.
         """
-        return [*self._begin, *self._encode(text), *self._prompt_end]
+        (ids,) = self.encode_prompts([text])
+        return ids
+
+    def encode_prompts(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The same for many texts, some of them at a time: that is several times as quick."""
+        for some in pieces(texts):
+            for ids in self._encode_all(some):
+                yield [*self._begin, *ids, *self._prompt_end]
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The ids that follow those of `prompt`, with the end token if there is one.
@@ -78,9 +92,19 @@ class Tokenizer:
         Where tokens would run across the boundary, the prompt keeps the ids that it has at exam
         time and the target is split on its own, as text in mid-line.
         """
-        before, joint = self._encode(prompt), self._encode(prompt + target)
-        ids = joint[len(before) :] if joint[: len(before)] == before else self._continue(target)
-        return ids if self.end_id is None else [*ids, self.end_id]
+        (ids,) = self.encode_targets([prompt], [self.encode_prompt(prompt)], [target])
+        return ids
+
+    def encode_targets(
+        self, prompts: Sequence[str], heads: Iterable[Sequence[int]], targets: Sequence[str]
+    ) -> Iterator[list[int]]:
+        """The same for many prompts, whose ids are in `heads`, with a target each."""
+        end = [] if self.end_id is None else [self.end_id]
+        joints = self._encode_all(list(map(str.__add__, prompts, targets)))
+        for head, joint, target in zip(heads, joints, targets, strict=True):
+            before = list(head[len(self._begin) : len(head) - len(self._prompt_end)])
+            fits = joint[: len(before)] == before
+            yield [*(joint[len(before) :] if fits else self._continue(target)), *end]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that `ids` add to the text before them; special tokens add none."""
@@ -111,13 +135,33 @@ class Tokenizer:
         return self._encode(text)
 
     def _encode(self, text: str) -> list[int]:
+        (ids,) = self._encode_all([text])
+        return ids
+
+    def _encode_all(self, texts: list[str]) -> list[list[int]]:
         encoded = self._published(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
         return list(encoded["input_ids"])
 
     def _raw_decode(self, ids: list[int]) -> str:
         return self._published.backend_tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def pieces(things: Iterable[T]) -> Iterator[list[T]]:
+    """Things in lists of as many as are tokenised together; the last is shorter.
+
+    Example:
+      >>> [len(some) for some in pieces(range(1200))]
+      [512, 512, 176]
+    """
+    rest = iter(things)
+    return iter(lambda: list(itertools.islice(rest, TOGETHER)), [])
 
 
 def load_tokenizer(name: str, *, ends_prompts: bool = False) -> Tokenizer:
@@ -154,27 +198,6 @@ def _find_class(directory: Path) -> type[PreTrainedTokenizerFast]:
     file = directory / "tokenizer_config.json"
     said = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
     return transformers.T5Tokenizer if said in T5_CLASSES else PreTrainedTokenizerFast
-
-
-MIN_SHARED = 32
-"""A shorter common beginning is not worth a pass of its own."""
-
-
-def common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each at least one; 0 below `MIN_SHARED`.
-
-    Example:
-      >>> long = [*range(40)]
-      >>> common_length([[*long, 7, 8], [*long, 9]]), common_length([[1, 2, 3], [1, 2, 4]])
-      (40, 0)
-    """
-    if not prompts:
-        return 0
-    low, high = min(map(list, prompts)), max(map(list, prompts))
-    limit = min(map(len, prompts)) - 1
-    unequal = (i for i in range(limit) if low[i] != high[i])
-    length = next(unequal, limit)
-    return length if length >= MIN_SHARED else 0
 
 
 def padded_length(length: int) -> int:

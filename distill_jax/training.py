@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from distill_jax import packing, plain_packing
 from distill_jax.ballot import Ballot
-from distill_jax.batches import Course, Rows
+from distill_jax.batches import Course
 from distill_jax.checkpoint import TrainingCheckpoints, abstract, remove, save_params
 from distill_jax.chips import find_chip
 from distill_jax.config import Config
@@ -24,6 +24,7 @@ from distill_jax.mirror import push
 from distill_jax.packing import make_grid
 from distill_jax.processes import is_main
 from distill_jax.progress import Progress
+from distill_jax.rows import Rows
 from distill_jax.run_folder import Partial
 from distill_jax.sinks import Send, SinkName, open_sinks
 from distill_jax.student.architecture import EncoderDecoderConfig
@@ -269,6 +270,7 @@ class _Figures:
                 "student.compute_dtype=float32, and run again."
             )
         self._rows.append([row])
+        self._rows.sync()  # a state that is saved next is of use only with them
         self._send(row)
         return f"loss {values['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
 

@@ -8,6 +8,7 @@ and the imports take is in it. Exams are seated on 64 desks of 64 slots, and ans
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +35,13 @@ Stage = Callable[[Path, int, int], int]
 
 
 def make_inputs(folder: Path, questions: int, samples: int) -> None:
-    """Writes questions, an exam and a lesson, a line at a time."""
-    draw = random.Random(0)
+    """Writes a file of questions, and the exam and lesson of a round, a line at a time."""
+    draw, opened = random.Random(0), folder / "round_02"
+    opened.mkdir()
     with (
-        (folder / "questions.jsonl").open("w") as asked,
-        (folder / "exam.jsonl").open("w") as exam,
-        (folder / "lesson.jsonl").open("w") as lesson,
+        (folder / "mine.jsonl").open("w") as asked,
+        (opened / "exam.jsonl").open("w") as exam,
+        (opened / "lesson.jsonl").open("w") as lesson,
     ):
         for index in range(questions):
             a, b, c = (draw.randrange(2, 100) for _ in range(3))
@@ -66,10 +70,19 @@ def _rationale(row: dict[str, Any], place: int, draw: random.Random) -> dict[str
     }  # fmt: skip
 
 
-def _questions(folder: Path) -> list[Any]:
-    from distill_jax.questions.own_file import read_own_file
+def _config(folder: Path, **teacher: Any) -> Any:
+    from distill_jax.config_file import make_config
 
-    return read_own_file(folder / "questions.jsonl")
+    task = {"name": str(folder / "mine.jsonl"), "dev_fraction": 0.0}
+    values = {"folder": "-", "task": task, "student": {"model": "-"}, "teacher": teacher}
+    return make_config(values, [])
+
+
+def _questions(folder: Path) -> list[Any]:
+    from distill_jax.school import open_questions
+
+    questions, _, _ = open_questions(_config(folder), folder)
+    return questions["train"]
 
 
 def _tokenizer() -> Any:
@@ -80,35 +93,45 @@ def _tokenizer() -> Any:
 
 
 def load_questions(folder: Path, questions: int, samples: int) -> int:
-    """The user's file, as `run` reads it."""
-    from distill_jax.config import TaskConfig
-    from distill_jax.questions import load_questions
-
-    task = TaskConfig(name=str(folder / "questions.jsonl"))
-    return len(load_questions(task, seed=0, data_dir=folder))
+    """The user's file, as `run` reads it and keeps it in its folder."""
+    return len(_questions(folder))
 
 
 def word_prompts(folder: Path, questions: int, samples: int) -> int:
-    """The words and tokens of an exam's prompts."""
-    from distill_jax.prompts import exam_prompt
+    """The prompts of an exam, with demonstrations, and their tokens."""
+    from distill_jax.config import ExamConfig
+    from distill_jax.generate import make_generate
+    from distill_jax.prompts import demonstrations, exam_prompt
+    from distill_jax.scratch import make_model
+    from distill_jax.student.sharding import make_mesh
 
-    tokenizer = _tokenizer()
-    prompts = (exam_prompt(question, demonstrations="") for question in _questions(folder))
-    return sum(len(tokenizer.encode_prompt(prompt)) for prompt in prompts)
+    tokenizer, examples = _tokenizer(), demonstrations("gsm8k")
+    model = replace(make_model(64, 1, tokenizer.num_tokens), max_positions=2048)
+    settings: Any = {"exam": ExamConfig(samples=samples), "compute_dtype": "float32"}
+    generate = make_generate(model, tokenizer, make_mesh(1, 1, 1), **settings)
+    asked = _questions(folder)
+    prompts = (exam_prompt(question, demonstrations=examples) for question in asked)
+    ids = [question.id for question in asked]
+    return len(generate.ask(prompts, ids, samples, (0, 1)))
 
 
 def seat_exam(folder: Path, questions: int, samples: int) -> int:
     """The bookkeeping of an exam, with devices that answer at once."""
     import numpy as np
 
+    from distill_jax.on_demand import OnDemand
     from distill_jax.slots import CALL, Prompt, Row, Seating
     from distill_jax.student.decode import Chosen
 
     draw, key = np.random.default_rng(0), np.zeros(2, np.uint32)
-    lengths = draw.integers(30, 90, questions).tolist()
-    prompts = [Prompt(index, [0] * length) for index, length in enumerate(lengths)]
-    for prompt in prompts:
+    lengths = draw.integers(30, 90, questions)
+
+    def make(index: int) -> Prompt:
+        prompt = Prompt(index, [0] * int(lengths[index]))
         prompt.rows.extend(Row(prompt, place, 4 * ANSWER, key) for place in range(1 + samples))
+        return prompt
+
+    prompts = OnDemand(questions, make)
     seating = Seating(prompts, owed=range(questions), desks=DESKS, slots=SLOTS)
     done = 0
     while not seating.ended:
@@ -124,66 +147,88 @@ def seat_exam(folder: Path, questions: int, samples: int) -> int:
 
 
 def mark_answers(folder: Path, questions: int, samples: int) -> int:
-    """Marking what comes back, and keeping it as an exam does while it is sat."""
+    """Marking what comes back, keeping it as an exam does while it is sat, and sorting it."""
     from distill_jax.exam import take_exam
     from distill_jax.records import Completion, to_json
+    from distill_jax.rounds import finish_exam
     from distill_jax.run_folder import Partial
 
     texts = ["He has 12 of them and 3 more. " * 4 + f"Answer: {n}" for n in range(1 + samples)]
     answers = [Completion(text, "stop", ANSWER) for text in texts]
 
-    def generate(prompts: Sequence[str], ids: Sequence[str], done: set[int]) -> Iterator[Any]:
-        yield from ((index, answers) for index in range(len(prompts)))
+    def generate(
+        prompts: Iterable[str], ids: Sequence[str], done: set[int]
+    ) -> Iterator[tuple[int, Any]]:
+        yield from ((index, answers) for index, _ in enumerate(prompts))
 
-    part, count = Partial(folder / "sat.jsonl"), 0
-    sitting = take_exam(_questions(folder), generate, prompt=lambda q: q.text, round_index=0)
-    for attempts in sitting:
+    asked, path = _questions(folder), folder / "sat.jsonl"
+    part = Partial(path)
+    for attempts in take_exam(asked, generate, prompt=lambda q: q.text, round_index=0):
         part.append(map(to_json, attempts))
-        count += len(attempts)
-    part.finish(folder / "sat.jsonl")
-    return count
-
-
-def read_records(folder: Path, questions: int, samples: int) -> int:
-    """An exam's finished file."""
-    from distill_jax.records import Attempt
-    from distill_jax.run_folder import read_records
-
-    return len(read_records(folder / "exam.jsonl", Attempt))
+    part.close()
+    finish_exam(path, asked, samples)
+    return len(part)
 
 
 def find_mistakes(folder: Path, questions: int, samples: int) -> int:
     """The mistakes in an exam's file."""
     from distill_jax.records import Attempt
-    from distill_jax.run_folder import read_records
+    from distill_jax.run_folder import stream_records
     from distill_jax.teaching import find_mistakes
 
-    return len(find_mistakes(read_records(folder / "exam.jsonl", Attempt)))
+    return len(find_mistakes(stream_records(folder / "round_02" / "exam.jsonl", Attempt)))
 
 
-def plan_lesson(folder: Path, questions: int, samples: int) -> int:
-    """The prompts for a teacher of a later round, one after the other."""
-    from distill_jax.config_file import make_config
-    from distill_jax.teaching import make_prompt
+def ask_teacher(folder: Path, questions: int, samples: int) -> int:
+    """A lesson by way of the ledger, from a teacher that answers at once."""
+    from distill_jax.progress import Progress
+    from distill_jax.records import Attempt
+    from distill_jax.run_folder import stream_records, write_records
+    from distill_jax.teacher import transport
+    from distill_jax.teaching import teach
 
-    values = {"folder": "-", "task": {"name": str(folder / "questions.jsonl")}}
-    prompt = make_prompt(make_config({**values, "student": {"model": "-"}}, []))
-    return sum(len(prompt(question, SENTENCE)) for question in _questions(folder))
+    text = "First there are some apples, and then there are fewer of them. " * 3
+    choices = [
+        {"index": i, "finish_reason": "stop", "message": {"content": f"{text}\nAnswer: {i}"}}
+        for i in range(samples)
+    ]
+    usage = {"prompt_tokens": 200, "completion_tokens": samples * ANSWER}
+    body = json.dumps({"id": "x", "model": "m", "choices": choices, "usage": usage})
+
+    class Instant:
+        async def send(self, *_: Any, **__: Any) -> transport.Raw:
+            return transport.Raw(body, None)
+
+    @contextlib.asynccontextmanager
+    async def connect(*_: Any, **__: Any) -> AsyncIterator[Instant]:
+        yield Instant()
+
+    config = _config(folder, url="http://127.0.0.1:1/v1", model="m", samples=samples)
+    exam = stream_records(folder / "round_02" / "exam.jsonl", Attempt)
+    settings: Any = {"round_index": 2, "progress": Progress(quiet=True)}
+    write_records(
+        folder / "said.jsonl", teach(config, folder, _questions(folder), exam, **settings)
+    )
+    return sum(1 for _ in (folder / "said.jsonl").open())
 
 
 def pack_batches(folder: Path, questions: int, samples: int) -> int:
     """The rows of a round, its order and shapes, and the first of its batches."""
-    from distill_jax.batches import Course, make_rows
+    from distill_jax.batches import Course
+    from distill_jax.contamination import ExamTexts
     from distill_jax.packing import make_grid
     from distill_jax.prompts import exam_prompt
-    from distill_jax.records import Attempt, Rationale
-    from distill_jax.run_folder import read_records
+    from distill_jax.records import Attempt
+    from distill_jax.rows import make_rows
+    from distill_jax.run_folder import stream_records
     from distill_jax.student.objective import Objective
+    from distill_jax.syllabus import choose
 
+    asked, settings = _questions(folder), {"round_index": 2, "left_out": Counter()}
     rows = make_rows(
-        read_records(folder / "lesson.jsonl", Rationale),
-        read_records(folder / "exam.jsonl", Attempt),
-        {question.id: question for question in _questions(folder)},
+        choose(_config(folder), folder, asked, ExamTexts([]), **settings),
+        stream_records(folder / "round_02" / "exam.jsonl", Attempt),
+        {question.id: question for question in asked},
         tokenizer=_tokenizer(),
         prompts={"rationale": lambda question: exam_prompt(question, demonstrations="")},
         max_length=2048,
@@ -200,9 +245,8 @@ STAGES: dict[str, Stage] = {
     "prompts": word_prompts,
     "seating an exam": seat_exam,
     "marking and keeping answers": mark_answers,
-    "reading an exam": read_records,
     "finding mistakes": find_mistakes,
-    "planning a lesson": plan_lesson,
+    "asking the teacher": ask_teacher,
     "rows, order and batches": pack_batches,
 }
 

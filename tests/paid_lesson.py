@@ -40,7 +40,7 @@ def rows_from(complete: Complete, size: int) -> list[str]:
     questions = [
         Question(f"q/{i}", f"{i} + 1?", str(i + 1), "train", "numeric") for i in range(size)
     ]
-    lesson = ask_teacher(
+    rows = ask_teacher(
         questions,
         {},
         complete,
@@ -48,7 +48,7 @@ def rows_from(complete: Complete, size: int) -> list[str]:
         round_index=1,
         samples=2,
     )
-    return [repr(row) for row in lesson.rows]
+    return [*map(repr, rows)]
 
 
 def teach(path: Path, url: str, size: int) -> list[str]:

@@ -172,7 +172,7 @@ def test_replay_reads_a_lesson_again_for_nothing(tmp_path: Path):
             round_index=index,
             progress=Progress(quiet=True),
         )
-        write_records(folder / "lesson.jsonl", lesson.rows)
+        write_records(folder / "lesson.jsonl", lesson)
     before = read_totals(tmp_path / "ledger.sqlite")
     done = command("replay", tmp_path, "--json", "--to", tmp_path / "now.jsonl")
     assert done.exit_code == 0, done.stderr

@@ -1,8 +1,10 @@
 """Rows, their order and their pairs: every rationale once per epoch, nothing twice."""
 
 import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +16,10 @@ from samples import find_rows
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distill_jax.batches import Course, Rows, make_rows, plan_epoch
-from distill_jax.packing import make_grid
+from distill_jax.batches import Course, plan_epoch
+from distill_jax.packing import Item, make_grid
 from distill_jax.records import Attempt, Question, Rationale
+from distill_jax.rows import Rows, make_rows
 from distill_jax.student.objective import Objective, Reflection
 from distill_jax.tokenizer import Tokenizer
 
@@ -72,7 +75,7 @@ def test_rows_share_the_beginning_of_all_prompts_and_end_with_the_end_token():
     rows = rows_of([rationale("two", "a"), rationale("three", "b c")], [])
     shared = "".join(map(chr, rows.shared))
     assert shared == f"{DEMO}\nQuestion: what is "
-    first, second = rows.rows
+    first, second = rows
     assert "".join(map(chr, first.question)) == "two?\nReasoning:"
     assert "".join(map(chr, second.anchor[:-1])) == " b c\nAnswer: 4"
     assert second.anchor[-1] == END
@@ -89,10 +92,10 @@ def test_positives_differ_in_text_and_negatives_are_the_distinct_wrong_samples()
         attempt("elsewhere", "wrong", 1),
     ]
     rows = rows_of(rationales, attempts)
-    assert [len(row.positives) for row in rows.rows] == [1, 1, 2 - 1]
-    assert rows.rows[0].positives[0] == rows.rows[2].anchor
-    assert rows.rows[2].positives[0] == rows.rows[0].anchor
-    (negative,) = rows.rows[0].negatives
+    assert [len(row.positives) for row in rows] == [1, 1, 2 - 1]
+    assert rows[0].positives[0] == rows[2].anchor
+    assert rows[2].positives[0] == rows[0].anchor
+    (negative,) = rows[0].negatives
     assert "".join(map(chr, negative[:-1])) == " wrong"
     assert rows.num_pairs == 3
 
@@ -101,11 +104,17 @@ def test_what_the_context_cannot_hold_is_counted():
     short, long = rationale("q", "ok", 0), rationale("q", "x" * 100, 1)
     room = len(f"{DEMO}\nQuestion: what is q?\nReasoning:") + 40
     rows = rows_of([short, long], [attempt("q", "y" * 90, 1)], max_length=room)
-    assert len(rows.rows) + sum(rows.dropped.values()) == 2
+    assert len(rows) + sum(rows.dropped.values()) == 2
     assert rows.dropped == {"too_long": 1} and rows.num_cut_mistakes == 1
-    (negative,) = rows.rows[0].negatives
+    (negative,) = rows[0].negatives
     assert len(negative) == 40 and negative[-1] == END
-    assert rows.rows[0].positives == ()
+    assert rows[0].positives == ()
+
+
+def test_attempts_at_a_question_must_stand_together():
+    torn = [attempt("q", "wrong", 1), attempt("p", "wrong", 1), attempt("q", "false", 2)]
+    with pytest.raises(ValueError, match="those at 'q' do not"):
+        rows_of([rationale("q", "text"), rationale("p", "text")], torn)
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,7 +165,7 @@ def make_course(
 
 @pytest.mark.parametrize("lines", [1, 3])
 def test_batches_hold_the_rows_of_each_epoch(rows: Rows, lines: int):
-    expected = Counter(spell((*row.question, *row.anchor)) for row in rows.rows)
+    expected = Counter(spell((*row.question, *row.anchor)) for row in rows)
     course = make_course(rows, lines=lines)
     found = list(course.batches())
     assert len(found) == len(course)
@@ -229,7 +238,7 @@ def test_each_form_has_its_rows_and_only_the_exams_form_has_negatives():
         seed=0,
     )
     shared = spell(rows.shared)
-    told = [shared + spell(row.question) + spell(row.anchor[:-1]) for row in rows.rows]
+    told = [shared + spell(row.question) + spell(row.anchor[:-1]) for row in rows]
     assert told == [
         f"{DEMO}\nQuestion: what is q?\nReasoning: one\nAnswer: 4",
         f"{DEMO}\nQuestion: what is q?\nReasoning: two\nAnswer: 4",
@@ -237,8 +246,8 @@ def test_each_form_has_its_rows_and_only_the_exams_form_has_negatives():
         "Question: what is q?\nAnswer: 4",
         "Question: what is p?\nAnswer: 4",
     ]
-    assert [len(row.negatives) for row in rows.rows] == [1, 1, 0, 0, 0]
-    assert [len(row.positives) for row in rows.rows] == [1, 1, 0, 0, 0]
+    assert [len(row.negatives) for row in rows] == [1, 1, 0, 0, 0]
+    assert [len(row.positives) for row in rows] == [1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 11])
@@ -253,3 +262,54 @@ def test_steps_break_off_or_go_on_past_the_epochs(rows: Rows, steps: int):
     num_each = by_epochs.count(0)
     assert epochs == [step // num_each for step in range(steps)]
     assert [epoch for epoch, _ in course.batches(2)] == epochs[2:]
+
+
+def size(item: Item) -> tuple[int, ...]:
+    return tuple(len(text) for text in item[:4])
+
+
+class Unpacked:
+    """Batches as they are before they are packed, and the sizes that shapes are planned for."""
+
+    planned: list[list[tuple[int, ...]]]
+
+    def plan_shapes(self, batches, grid, objective) -> dict:
+        self.planned = [[size(item) for item in items] for items in batches]
+        return {}
+
+    def pack(self, items, grid, shapes, *, shared, objective) -> Any:
+        return items
+
+    def count_tokens(self, shape, grid, *, shared, objective) -> int:
+        return 0
+
+
+def test_order_pairs_pools_and_lengths_stay_as_they_are():
+    """With full pools, mistakes that are cut, and two forms. If a change is meant, take the new."""
+    names = [f"q{i}" for i in range(9)]
+    texts = [f"{'so ' * (i % 5)}text {i % 13}" for i in range(14)]
+    rationales = [rationale(name, text, i) for i, text in enumerate(texts) for name in names]
+    attempts = [
+        attempt(name, f"wrong {'and ' * (40 * (i == 5))}{i % 6}", i, correct=i == 4)
+        for name in ("elsewhere", *names[2:])
+        for i in range(8)
+    ]
+    rows = make_rows(
+        [*rationales, rationale("q3", "x" * 300)],
+        attempts,
+        {name: question(name) for name in names},
+        tokenizer=LETTERS,
+        prompts={
+            "rationale": lambda q: f"{DEMO}\nQuestion: {q.text}\nReasoning:",
+            "answer": lambda q: f"{DEMO}\nQuestion: {q.text}\nAnswer:",
+        },
+        max_length=240,
+        seed=7,
+    )
+    assert rows.dropped == {"too_long": 1} and rows.num_cut_mistakes == 7
+    packing = Unpacked()
+    course = dataclasses.replace(make_course(rows, epochs=2), packing=packing)
+    found: list[Any] = list(course.batches())
+    assert packing.planned == [[size(item) for item in items] for _, items in found]
+    told = repr((rows.num_pairs, rows.num_targets, rows.shared, found))
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "4380028e9c968e38"

@@ -143,14 +143,18 @@ def taught(folder: Path, behave: Behaviour, **changes) -> tuple[Lesson, list[Cal
     knobs = config(max_tokens=100, **changes)
     with fault_server(behave) as (server, url), Ledger(folder / "l") as ledger:
         client = TeacherClient(knobs, ledger, url=url, free=True, patience=QUICK)
-        lesson = ask_teacher(
-            [FOUR],
-            {},
-            client.complete,
-            prompt=lambda question, mistake: question.text,
-            round_index=1,
-            samples=2,
-            extra_tries=knobs.extra_tries,
+        lesson = Lesson(
+            tuple(
+                ask_teacher(
+                    [FOUR],
+                    {},
+                    client.complete,
+                    prompt=lambda question, mistake: question.text,
+                    round_index=1,
+                    samples=2,
+                    extra_tries=knobs.extra_tries,
+                )
+            )
         )
     return lesson, server.calls
 

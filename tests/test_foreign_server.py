@@ -20,7 +20,7 @@ import pytest
 from asked import asks
 
 from distill_jax.config import TeacherConfig
-from distill_jax.records import Question
+from distill_jax.records import Lesson, Question
 from distill_jax.teacher.audit import read_model_uses, read_totals, verify
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
@@ -98,13 +98,17 @@ def test_its_answers_are_kept_and_never_asked_again(tmp_path: Path, server, capl
 def test_a_lesson_from_it_adds_up(tmp_path: Path, server):
     questions = [Question(f"q/{i}", f"{i} + 1?", str(i + 1), "train", "numeric") for i in range(2)]
     with Ledger(tmp_path / "l") as ledger:
-        lesson = ask_teacher(
-            questions,
-            {},
-            client(ledger, server).complete,
-            prompt=lambda question, mistake: question.text,
-            round_index=1,
-            samples=2,
+        lesson = Lesson(
+            tuple(
+                ask_teacher(
+                    questions,
+                    {},
+                    client(ledger, server).complete,
+                    prompt=lambda question, mistake: question.text,
+                    round_index=1,
+                    samples=2,
+                )
+            )
         )
     assert lesson.num_asked == 4 == len(lesson.kept) + sum(lesson.rejected.values())
     totals = read_totals(tmp_path / "l")

@@ -8,10 +8,10 @@ import distill_jax
 
 PACKAGE = Path(distill_jax.__file__).parent
 PLAN = """
-records chips config config_file endings processes bucket claim numerals answers
+records on_demand chips config config_file endings processes bucket claim numerals answers
 questions.raw_files questions.equations questions.rows questions.published questions.prepared
 questions.own_file questions.arithmetic questions contamination
-prompts tokenizer
+int_lists prompts tokenizer
 student.sharding student.architecture student.attention student.blocks student.encoder_decoder
 student.model student.lora
 student.losses student.tree student.plain student.objective student.flops student.step
@@ -26,7 +26,7 @@ teacher.ledger teacher.reply teacher.audit teacher.governor teacher.dialect teac
 teacher.account teacher.clerk teacher.transport teacher.asking
 teacher.batch_book teacher.batching teacher.client
 teacher.lesson teacher.explanation teacher.tutor
-packing plain_packing soft_targets batches scratch
+packing plain_packing soft_targets rows batches scratch
 report.published report.files report.marks report.phase report.round_summary report.summary
 report.settings report.cases report.style report.figures report.headline report.tables
 report.table_files report.page

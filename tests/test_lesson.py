@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill_jax.prompts import feedback_prompt
-from distill_jax.records import Completion, FinishReason, Question
+from distill_jax.records import Completion, FinishReason, Lesson, Question
 from distill_jax.teacher.lesson import ask_teacher
 
 TOM = Question("t/1", "Tom has 5 eggs and finds 3. How many?", "8", "train", "numeric")
@@ -26,15 +26,19 @@ def teach(questions, answers, mistakes=None, shown=None):
             return [[Completion("", "error", 0)] * len(ask.slots) for ask in asks]
         return answers
 
-    return ask_teacher(
-        questions,
-        mistakes or {},
-        complete,
-        prompt=lambda question, mistake: feedback_prompt(
-            question, mistake=mistake, hint=True, demonstrations=""
-        ),
-        round_index=2,
-        samples=len(answers[0]) if answers else 1,
+    return Lesson(
+        tuple(
+            ask_teacher(
+                questions,
+                mistakes or {},
+                complete,
+                prompt=lambda question, mistake: feedback_prompt(
+                    question, mistake=mistake, hint=True, demonstrations=""
+                ),
+                round_index=2,
+                samples=len(answers[0]) if answers else 1,
+            )
+        )
     )
 
 

@@ -14,7 +14,7 @@ from distill_jax.config_file import override
 from distill_jax.plan.teacher import plan_lines, plan_teacher
 from distill_jax.progress import Progress
 from distill_jax.questions import load_questions
-from distill_jax.records import Rationale
+from distill_jax.records import Lesson, Rationale
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import ask_teacher
@@ -34,14 +34,18 @@ def requests(folder: Path, config: Config, behave: Behaviour) -> tuple[int, int]
     questions = load_questions(config.task, seed=config.seed, data_dir=folder)
     with fault_server(behave) as (server, url), Ledger(folder / "l") as ledger:
         client = TeacherClient(config.teacher, ledger, url=url, free=True, patience=QUICK)
-        ask_teacher(
-            [question for question in questions if question.split == "train"],
-            {},
-            client.complete,
-            prompt=make_prompt(config),
-            round_index=1,
-            samples=config.teacher.samples,
-            extra_tries=config.teacher.extra_tries,
+        Lesson(
+            tuple(
+                ask_teacher(
+                    [question for question in questions if question.split == "train"],
+                    {},
+                    client.complete,
+                    prompt=make_prompt(config),
+                    round_index=1,
+                    samples=config.teacher.samples,
+                    extra_tries=config.teacher.extra_tries,
+                )
+            )
         )
     return len(server.calls), sum(len(prompt.encode()) for prompt in server.prompts)
 
@@ -84,7 +88,7 @@ def judge_all(folder: Path, settings: Config, samples: int) -> list[int]:
         asked = settings.model_copy(
             update={"teacher": settings.teacher.model_copy(update={"url": url})}
         )
-        judge(asked, folder, train, rows, round_index=1, progress=Progress(quiet=True))
+        [*judge(asked, folder, train, rows, round_index=1, progress=Progress(quiet=True))]
     return [len(prompt.encode()) for prompt in server.prompts]
 
 

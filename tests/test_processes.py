@@ -113,7 +113,7 @@ TEAM = """
 import sys, time
 from distill_jax.cluster import join
 from distill_jax.membership import Member
-from distill_jax.processes import Limits, gather, is_main, tell, tick
+from distill_jax.processes import Limits, gather, is_main, tell, tell_each, tick
 index, port, act = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 limits = Limits(start=20, lost=2, stuck=4 if act == "hang" else 60)
 with join(Member(f"localhost:{port}", 3, index), limits):
@@ -130,6 +130,7 @@ with join(Member(f"localhost:{port}", 3, index), limits):
     if act != "end":
         gather("waiting", None)
     assert tell("once more", lambda: 7) == 7
+    assert list(tell_each("counting", lambda: range(2500 if is_main() else 0))) == [*range(2500)]
 print("done", index)
 """
 

@@ -17,6 +17,7 @@ from distill_jax.run_folder import (
     read_records,
     read_round,
     read_rows,
+    sort_rows,
     timed,
     update_round,
     write_records,
@@ -38,7 +39,7 @@ def test_a_file_torn_at_any_byte_keeps_its_whole_lines(tmp_path: Path):
         partial_path(path).write_bytes(whole[:size])
         again = Partial(path)
         kept = sum(end <= size for end in ends)
-        assert again.rows == ROWS[:kept]
+        assert read_rows(partial_path(path)) == ROWS[:kept] and len(again) == kept
         again.append(ROWS[kept:])
         again.close()
         assert partial_path(path).read_bytes() == whole
@@ -49,7 +50,7 @@ def test_a_tail_that_is_no_row_is_cut_off(tmp_path: Path, tail: bytes):
     path = tmp_path / "exam.jsonl"
     partial_path(path).write_bytes(json.dumps(ROWS[2]).encode() + b"\n" + tail)
     part = Partial(path)
-    assert part.rows == [ROWS[2]]
+    assert read_rows(partial_path(path)) == [ROWS[2]]
     part.append([ROWS[0]])
     part.finish(path)
     assert read_rows(path) == [ROWS[2], ROWS[0]] and not partial_path(path).exists()
@@ -67,6 +68,17 @@ def test_keeping_fewer_rows_forgets_the_rest(tmp_path: Path):
     assert read_rows(path) == [ROWS[0], ROWS[2]]
 
 
+def test_rows_are_sorted_as_they_stand(tmp_path: Path):
+    path = tmp_path / "exam.jsonl"
+    rows = [{"place": i * 7 % 10, "sample": i % 3, "text": f"ü\ud800 {i}"} for i in range(30)]
+    part = Partial(path)
+    part.append(rows)
+    part.close()
+    assert sort_rows(path, lambda row: (row["place"], row["sample"])) == 30
+    assert read_rows(path) == sorted(rows, key=lambda row: (row["place"], row["sample"]))
+    assert [each.name for each in tmp_path.iterdir()] == ["exam.jsonl"]
+
+
 def test_a_whole_file_replaces_the_old_one_or_leaves_it(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     write_rows(path, [ROWS[0]])
@@ -77,7 +89,7 @@ def test_a_whole_file_replaces_the_old_one_or_leaves_it(tmp_path: Path):
 
     with pytest.raises(RuntimeError):
         write_rows(path, broken())
-    assert read_rows(path) == [ROWS[0]]
+    assert read_rows(path) == [ROWS[0]] and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
     write_text(path, "new\n")
     assert path.read_text() == "new\n" and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 

@@ -15,7 +15,7 @@ from fault_server import Call, Says, chat, choice, error, fault_server, good
 from paid_lesson import QUICK
 
 from distill_jax.prompts import feedback_prompt
-from distill_jax.records import Question, Rationale
+from distill_jax.records import Lesson, Question, Rationale
 from distill_jax.run_folder import read_records, write_records
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
@@ -168,8 +168,12 @@ def test_30_hostile_text_stays_data(tmp_path: Path, text: str):
 
     with fault_server(behave) as (_, url), Ledger(tmp_path / "l") as ledger:
         client = TeacherClient(config(), ledger, url=url, free=True, patience=QUICK)
-        lesson = ask_teacher(
-            [tom], {}, client.complete, prompt=lambda q, _: q.text, round_index=1, samples=2
+        lesson = Lesson(
+            tuple(
+                ask_teacher(
+                    [tom], {}, client.complete, prompt=lambda q, _: q.text, round_index=1, samples=2
+                )
+            )
         )
     write_records(tmp_path / "lesson.jsonl", lesson.rows)
     assert read_records(tmp_path / "lesson.jsonl", Rationale) == list(lesson.rows)
@@ -198,8 +202,17 @@ def test_31_a_question_id_is_never_a_file_name(tmp_path: Path, id: str):
     question = Question(id, "3 + 1?", "4", "train", "numeric")
     with fault_server(good) as (_, url), Ledger(tmp_path / "l") as ledger:
         client = TeacherClient(config(), ledger, url=url, free=True, patience=QUICK)
-        lesson = ask_teacher(
-            [question], {}, client.complete, prompt=lambda q, _: q.text, round_index=1, samples=2
+        lesson = Lesson(
+            tuple(
+                ask_teacher(
+                    [question],
+                    {},
+                    client.complete,
+                    prompt=lambda q, _: q.text,
+                    round_index=1,
+                    samples=2,
+                )
+            )
         )
     write_records(tmp_path / "lesson.jsonl", lesson.rows)
     assert {row.question_id for row in lesson.rows} == {id}

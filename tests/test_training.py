@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from random_models import LLAMA, make_params
 
-from distill_jax.batches import Row, Rows
 from distill_jax.config import parse_config
+from distill_jax.int_lists import MIN_SHARED, IntLists, Prompts
 from distill_jax.progress import Advance, Progress
+from distill_jax.rows import Rows
 from distill_jax.run_folder import read_rows
 from distill_jax.student.sharding import make_mesh
 from distill_jax.training import train_round
@@ -39,13 +40,20 @@ STEPS = 9  # three epochs of 24 rows
 
 def make_rows() -> Rows:
     """Rows of one length, so that one program does for all batches."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(6)
 
     def text(size: int) -> tuple[int, ...]:
         return tuple(rng.integers(3, MODEL.vocab_size, size).tolist())
 
-    rows = [Row(f"t/{i}", (3, *text(2)), text(6), (text(5),), (text(4),)) for i in range(24)]
-    return Rows(text(4), tuple(rows), {}, 0)
+    beginning, count = text(MIN_SHARED), range(24)
+    texts, anchors, positives, negatives = IntLists(), [], IntLists(), IntLists()
+    for _ in count:
+        anchors.append(texts.append(text(6)))
+        positives.append([texts.append(text(5))])
+        negatives.append([texts.append(text(4))])
+    prompts = Prompts([(*beginning, 3, *text(2)) for _ in count])
+    names = [f"t/{i}" for i in count]
+    return Rows(names, prompts, texts, count, anchors, positives, negatives)
 
 
 class Stopping(Progress):

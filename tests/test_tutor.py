@@ -16,7 +16,7 @@ from distill_jax.config import TeacherConfig, TutorConfig
 from distill_jax.prompts import feedback_prompt, judge_prompt, teacher_demonstrations
 from distill_jax.questions import rows
 from distill_jax.questions.arithmetic import make_questions
-from distill_jax.records import Kind, Question
+from distill_jax.records import Kind, Lesson, Question
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.explanation import NUM_WORDINGS, explain, first_wrong_step, phrases
 from distill_jax.teacher.ledger import Ledger
@@ -122,13 +122,17 @@ def test_bad_requests_are_told_in_the_shape_of_openai(client, changes, kind, mes
 def test_many_at_once(url, tmp_path: Path):
     config = TeacherConfig(samples=4, concurrency=16)
     with Ledger(tmp_path / "l") as ledger:
-        lesson = ask_teacher(
-            [*QUESTIONS, INK, HAM],
-            {HAM.id: "Ham is a town. So, the answer is No."},
-            TeacherClient(config, ledger, url=url, free=True).complete,
-            prompt=ask,
-            round_index=1,
-            samples=4,
+        lesson = Lesson(
+            tuple(
+                ask_teacher(
+                    [*QUESTIONS, INK, HAM],
+                    {HAM.id: "Ham is a town. So, the answer is No."},
+                    TeacherClient(config, ledger, url=url, free=True).complete,
+                    prompt=ask,
+                    round_index=1,
+                    samples=4,
+                )
+            )
         )
     assert lesson.num_asked == 4 * 62
     assert lesson.rejected.get("wrong", 0) == lesson.rejected.get("unreadable", 0) == 0
@@ -147,10 +151,10 @@ def test_the_same_question_in_a_later_round_is_told_in_other_words(url: str, tmp
         teacher = TeacherClient(TeacherConfig(), ledger, url=url, free=True)
 
         def lesson(round_index: int) -> list[tuple[str, str]]:
-            asked = ask_teacher(
+            asked = Lesson(tuple(ask_teacher(
                 QUESTIONS[:3], {}, teacher.complete,
                 prompt=ask, round_index=round_index, samples=2,
-            )  # fmt: skip
+            )))  # fmt: skip
             return [(row.question_id, row.text) for row in asked.kept]
 
         first, second = lesson(1), lesson(2)

@@ -19,11 +19,10 @@ from distill_jax.progress import Progress
 from distill_jax.prompts import scoring_prompt
 from distill_jax.records import Attempt, Question
 from distill_jax.report.cases import evenly
-from distill_jax.report.files import read_stage, round_folders
+from distill_jax.report.files import finished_rows, round_folders
 from distill_jax.report.headline import NOT_KNOWN
 from distill_jax.report.marks import greedy
 from distill_jax.report.published import TABLE_6
-from distill_jax.report.round_summary import finished_rows
 from distill_jax.report.tables import Table
 from distill_jax.run_folder import read_records, write_rows
 from distill_jax.teacher.account import Ask
@@ -129,7 +128,7 @@ def _choose_cases(folder: Path, number: int) -> list[Case]:
     questions = {row.id: row for row in read_records(folder / "questions.jsonl", Question)}
     cases = []
     for path in round_folders(folder).values():
-        exam = greedy(finished_rows(read_stage(path, "exam", Attempt)))
+        exam = greedy(finished_rows(path, "exam", Attempt))
         for right in (True, False):
             chosen = evenly([attempt for attempt in exam if attempt.correct == right], number)
             cases += [Case(questions[attempt.question_id], attempt) for attempt in chosen]

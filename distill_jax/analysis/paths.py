@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from distill_jax import packing, plain_packing
-from distill_jax.batches import Packing, make_rows
+from distill_jax.batches import Packing
 from distill_jax.config import Config
 from distill_jax.packing import Grid, Item, Tokens, find_branches, make_grid
 from distill_jax.prompts import clean_rationale
 from distill_jax.records import Attempt, Lesson, Question, Rationale
 from distill_jax.report.cases import evenly
-from distill_jax.report.files import read_stage, round_folders
-from distill_jax.report.round_summary import finished_rows
+from distill_jax.report.files import finished_rows, round_folders
+from distill_jax.rows import make_rows
 from distill_jax.run_folder import read_records
 from distill_jax.school import Student
 from distill_jax.student.architecture import EncoderDecoderConfig
@@ -77,9 +77,8 @@ def gather_paths(folder: Path, *, right: Writer, limit: int) -> Paths:
       ValueError: no question has both.
     """
     rounds = round_folders(folder)
-    stages = [read_stage(path, "exam", Attempt) for path in rounds.values()]
-    exams = [finished_rows(stage) for stage in stages if stage and stage.finished]
-    exam: Sequence[Attempt] = exams[-1] if exams else ()
+    exams = [path for path in rounds.values() if (path / "exam.jsonl").exists()]
+    exam = [*finished_rows(exams[-1], "exam", Attempt)] if exams else []
     kept = _taught(rounds.values()) if right == "teacher" else _own(exam)
     found = {row.id: row for row in read_records(folder / "questions.jsonl", Question)}
     wrong = _most([a for a in exam if a.sample_index and not a.correct and a.text.strip()])
@@ -98,8 +97,8 @@ def gather_paths(folder: Path, *, right: Writer, limit: int) -> Paths:
 
 
 def _taught(folders) -> list[Rationale]:
-    lessons = (finished_rows(read_stage(path, "lesson", Rationale)) for path in folders)
-    return [row for lesson in lessons for row in Lesson(lesson).kept]
+    lessons = (finished_rows(path, "lesson", Rationale) for path in folders)
+    return [row for lesson in lessons for row in Lesson(tuple(lesson)).kept]
 
 
 def _own(exam: Sequence[Attempt]) -> list[Rationale]:
@@ -149,7 +148,7 @@ def score_paths(config: Config, student: Student, params: Params, paths: Paths) 
         seed=config.seed,
     )
     texts: dict[str, tuple[dict[Tokens, None], tuple[Tokens, ...], Tokens]] = {}
-    for row in rows.rows:
+    for row in rows:
         rights, _, _ = texts.setdefault(row.question_id, ({}, row.negatives, row.question))
         rights[row.anchor] = None
     items: dict[str, list[Item]] = {

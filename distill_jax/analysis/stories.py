@@ -10,9 +10,8 @@ from distill_jax.progress import printable
 from distill_jax.records import Attempt, Question, Rationale, to_json
 from distill_jax.report.cases import evenly, shorten
 from distill_jax.report.figures import letter
-from distill_jax.report.files import read_stage, round_folders
+from distill_jax.report.files import finished_rows, round_folders
 from distill_jax.report.marks import greedy
-from distill_jax.report.round_summary import finished_rows
 from distill_jax.report.summary import read_questions
 from distill_jax.report.table_files import plain_markdown
 
@@ -64,9 +63,9 @@ def read_stories(folder: Path) -> dict[str, Story]:
     chapters: dict[str, list[Chapter]] = {}
     for index, path in round_folders(folder).items():
         taught: dict[str, list[Rationale]] = {}
-        for row in finished_rows(read_stage(path, "lesson", Rationale)):
+        for row in finished_rows(path, "lesson", Rationale):
             taught.setdefault(row.question_id, []).append(row)
-        for attempt in greedy(finished_rows(read_stage(path, "exam", Attempt))):
+        for attempt in greedy(finished_rows(path, "exam", Attempt)):
             said = tuple(taught.get(attempt.question_id, ()))
             chapters.setdefault(attempt.question_id, []).append(Chapter(index, attempt, said))
     if not chapters:

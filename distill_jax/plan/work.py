@@ -11,6 +11,7 @@ from typing import Any
 
 from distill_jax import packing, plain_packing, scratch, weights
 from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
+from distill_jax.int_lists import Prompts
 from distill_jax.packing import Item, make_grid
 from distill_jax.records import Question
 from distill_jax.school import add_adapters
@@ -19,7 +20,7 @@ from distill_jax.student.flops import forward_flops, step_flops
 from distill_jax.student.model import ModelConfig
 from distill_jax.student.plain import AnyBatch
 from distill_jax.teaching import exam_prompt
-from distill_jax.tokenizer import Tokenizer, common_length, load_tokenizer
+from distill_jax.tokenizer import Tokenizer, load_tokenizer
 from distill_jax.training import make_objective
 
 BYTES_PER_TOKEN = 4
@@ -88,7 +89,7 @@ def read_texts(config: Config, questions: Sequence[Question], tokenizer: Tokeniz
         tokenizer.encode_prompt(text) if tokenizer else text.encode() for text in prompts
     ]
     unit = 1 if tokenizer else BYTES_PER_TOKEN
-    shared = common_length(encoded) if len(encoded) > 1 else 0
+    shared = Prompts(encoded).num_common if len(encoded) > 1 else 0
     return Texts(
         shared=shared // unit,
         prompts=tuple(max(1, (len(text) - shared) // unit) for text in encoded),

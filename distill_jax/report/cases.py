@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill_jax.records import Attempt, Question, Rationale
-from distill_jax.report.files import read_stage, round_folders
+from distill_jax.report.files import finished_rows, round_folders
 from distill_jax.report.marks import greedy
-from distill_jax.report.round_summary import finished_rows
 
 CASES_PER_ROUND = 60
 MAX_CHARACTERS = 2000
@@ -49,32 +48,29 @@ def read_cases(folder: Path, questions: dict[str, Question]) -> list[RoundCases]
       questions: The run's questions by id.
     """
     rounds = round_folders(folder)
-    exams = {
-        index: greedy(finished_rows(read_stage(path, "exam", Attempt)))
-        for index, path in rounds.items()
-    }
     found = []
     for index, path in rounds.items():
-        mistakes = [attempt for attempt in exams[index] if not attempt.correct]
+        mistakes = [a for a in greedy(finished_rows(path, "exam", Attempt)) if not a.correct]
         if not mistakes:
             continue
-        lesson = finished_rows(read_stage(path, "lesson", Rationale))
-        following = {attempt.question_id: attempt for attempt in exams.get(index + 1, ())}
-        right = {key for key, attempt in following.items() if attempt.correct}
-        rationales: dict[str, list[Rationale]] = {}
-        for row in lesson:
-            rationales.setdefault(row.question_id, []).append(row)
+        shown = {each.question_id: each for each in evenly(mistakes, CASES_PER_ROUND)}
+        rationales: dict[str, list[Rationale]] = {id: [] for id in shown}
+        for row in finished_rows(path, "lesson", Rationale):
+            if row.question_id in shown:
+                rationales[row.question_id].append(row)
+        wrong, right = {each.question_id for each in mistakes}, 0
+        following: dict[str, Attempt] = {}
+        sat = False
+        for attempt in greedy(finished_rows(rounds.get(index + 1, path / "-"), "exam", Attempt)):
+            sat = True
+            right += attempt.correct and attempt.question_id in wrong
+            if attempt.question_id in shown:
+                following[attempt.question_id] = attempt
         cases = tuple(
-            Case(
-                question=questions[mistake.question_id],
-                mistake=mistake,
-                rationales=tuple(rationales.get(mistake.question_id, ())),
-                following=following.get(mistake.question_id),
-            )
-            for mistake in evenly(mistakes, CASES_PER_ROUND)
+            Case(questions[id], mistake, tuple(rationales[id]), following.get(id))
+            for id, mistake in shown.items()
         )
-        corrected = sum(m.question_id in right for m in mistakes) if following else None
-        found.append(RoundCases(index, len(mistakes), corrected, cases))
+        found.append(RoundCases(index, len(mistakes), right if sat else None, cases))
     return found
 
 

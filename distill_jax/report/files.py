@@ -1,9 +1,10 @@
 """Reads the files of a run folder, whether the run has ended or is still writing them."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from distill_jax.records import from_json
 from distill_jax.run_folder import partial_path
@@ -41,24 +42,35 @@ def read_stage(folder: Path, name: str, kind: type[T]) -> Stage[T] | None:
             lines = path.read_bytes().splitlines()
         except FileNotFoundError:
             continue
-        return Stage(_rows(path, lines, kind, torn=path == going_on), finished=path == final)
+        torn = len(lines) if path == going_on else None
+        return Stage(tuple(_rows(path, lines, kind, torn=torn)), finished=path == final)
     return None
 
 
-def _rows(path: Path, lines: list[bytes], kind: type[T], *, torn: bool) -> tuple[T, ...]:
-    rows = []
+def finished_rows(folder: Path, name: str, kind: type[T]) -> Iterator[T]:
+    """The rows of a stage, one after the other; none as long as it is going on.
+
+    Args and errors are those of `read_stage`.
+    """
+    path = folder / f"{name}.jsonl"
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from _rows(path, lines, kind, torn=None)
+
+
+def _rows(path: Path, lines: Iterable[bytes], kind: type[T], *, torn: int | None) -> Iterator[T]:
+    """Reads lines, of which the one that is `torn` may be half written."""
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            rows.append(row if kind is dict else from_json(kind, row))
+            row: Any = json.loads(line)
+            yield row if kind is dict else from_json(kind, row)
         except ValueError as error:
-            if torn and number == len(lines):
+            if number == torn:
                 break
             raise ValueError(
                 f"{path}, line {number} is not a row that a run writes: {error} "
                 "Move the file away and run again: the stage is then repeated."
             ) from None
-    return tuple(rows)
 
 
 def round_folders(folder: Path) -> dict[int, Path]:

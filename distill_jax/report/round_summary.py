@@ -1,13 +1,13 @@
 """One round in numbers: the exam that opens it, the lesson, the training, the exam that ends it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from distill_jax.records import Attempt, Question, Rationale, Verdict
-from distill_jax.report.files import Stage, read_stage, round_folders
+from distill_jax.records import GREEDY, Attempt, Question, Rationale, Verdict
+from distill_jax.report.files import finished_rows, round_folders
 from distill_jax.report.marks import Change, Marks, compare, greedy, mark, mark_groups
 from distill_jax.run_folder import read_json
 
@@ -105,18 +105,19 @@ def read_rounds(folder: Path, questions: Mapping[str, Question]) -> tuple[RoundS
     rounds = []
     dev_before: list[Attempt] = []
     for index, path in round_folders(folder).items():
-        exam = finished_rows(read_stage(path, "exam", Attempt))
-        lesson = finished_rows(read_stage(path, "lesson", Rationale))
-        dev = greedy(finished_rows(read_stage(path, "dev", Attempt)))
+        attempts: Counter[tuple[bool, bool]] = Counter()
+        exam = greedy(_counted(finished_rows(path, "exam", Attempt), attempts))
+        lesson = count_lesson(finished_rows(path, "lesson", Rationale))
+        dev = greedy(finished_rows(path, "dev", Attempt))
         facts = read_json(path / "round.json")
         trained = facts if (path / "metrics.jsonl").exists() else {}  # until then they are plans
         rounds.append(
             RoundSummary(
                 round_index=index,
-                exam=mark(greedy(exam)) if exam else None,
-                num_exam_rows=len(exam),
-                num_wrong_samples=sum(not a.correct for a in exam) - _num_wrong(greedy(exam)),
-                lesson=count_lesson(lesson) if lesson else None,
+                exam=mark(exam) if exam else None,
+                num_exam_rows=attempts.total(),
+                num_wrong_samples=attempts[False, False],
+                lesson=lesson if lesson.num_asked else None,
                 rows=trained.get("rows"),
                 pairs=trained.get("pairs"),
                 target_tokens=trained.get("target_tokens"),
@@ -132,21 +133,26 @@ def read_rounds(folder: Path, questions: Mapping[str, Question]) -> tuple[RoundS
     return tuple(rounds)
 
 
-def finished_rows(stage: Stage | None) -> tuple:
-    """The rows of a stage, or none as long as it is going on."""
-    return stage.rows if stage and stage.finished else ()
+def _counted(attempts: Iterable[Attempt], counts: Counter[tuple[bool, bool]]) -> Iterator[Attempt]:
+    """The same attempts, while they are counted: by whether they are greedy, and right."""
+    for attempt in attempts:
+        counts[attempt.sample_index == GREEDY, attempt.correct] += 1
+        yield attempt
 
 
-def _num_wrong(attempts: Sequence[Attempt]) -> int:
-    return sum(not attempt.correct for attempt in attempts)
-
-
-def count_lesson(rows: Sequence[Rationale]) -> LessonCounts:
+def count_lesson(rows: Iterable[Rationale]) -> LessonCounts:
     """Counts the teacher's answers of one round."""
-    verdicts = Counter(row.verdict for row in rows)
+    verdicts: Counter[str] = Counter()
+    asked: set[str] = set()
+    taught: set[str] = set()
+    for row in rows:
+        verdicts[row.verdict] += 1
+        asked.add(row.question_id)
+        if row.verdict == "kept":
+            taught.add(row.question_id)
     return LessonCounts(
-        num_questions=len({row.question_id for row in rows}),
-        num_taught=len({row.question_id for row in rows if row.verdict == "kept"}),
+        num_questions=len(asked),
+        num_taught=len(taught),
         verdicts={verdict: verdicts[verdict] for verdict in VERDICTS},
     )
 

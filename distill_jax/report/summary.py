@@ -11,7 +11,7 @@ from distill_jax.config import Config
 from distill_jax.config_file import load_config
 from distill_jax.progress import one_line
 from distill_jax.records import Attempt, Question
-from distill_jax.report.files import read_stage
+from distill_jax.report.files import finished_rows
 from distill_jax.report.marks import Change, compare, greedy
 from distill_jax.report.phase import Phase, read_phase
 from distill_jax.report.published import published_row, published_words
@@ -19,7 +19,6 @@ from distill_jax.report.round_summary import (
     Exam,
     RoundSummary,
     exam_json,
-    finished_rows,
     read_rounds,
     round_json,
     summarise_exam,
@@ -139,13 +138,12 @@ def summarise(folder: Path) -> Summary:
 
 def read_questions(folder: Path) -> dict[str, Question]:
     """All questions of a run by id."""
-    stage = read_stage(folder, "questions", Question)
-    return {question.id: question for question in stage.rows} if stage else {}
+    return {question.id: question for question in finished_rows(folder, "questions", Question)}
 
 
 def read_test(folder: Path) -> dict[int, list[Attempt]]:
     """The greedy answers of the finished test exam, by the round whose weights gave them."""
-    attempts = greedy(finished_rows(read_stage(folder, "test", Attempt)))
+    attempts = greedy(finished_rows(folder, "test", Attempt))
     indices = sorted({attempt.round_index for attempt in attempts})
     return {i: [attempt for attempt in attempts if attempt.round_index == i] for i in indices}
 

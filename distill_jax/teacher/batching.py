@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from random import Random
 from typing import Any, TypeVar
 
@@ -74,10 +74,10 @@ class Batching:
             found = await self._find_again(batch)
             if found is not None:
                 await self._collect(found)
-        todo = list(asks)
-        while todo := [ask for ask in todo if self._is_open(ask)]:
+        todo: Sequence[int] = range(len(asks))
+        while todo := [index for index in todo if self._is_open(asks[index])]:
             self._check()
-            batch = await self._hand_in(todo)
+            batch = await self._hand_in(asks[index] for index in todo)
             await self._collect(batch)
 
     def _is_open(self, ask: Ask) -> bool:
@@ -101,7 +101,7 @@ class Batching:
                 f"{self._desk.account.endpoint}; run the same command again later."
             )
 
-    async def _hand_in(self, asks: Sequence[Ask]) -> Batch:
+    async def _hand_in(self, asks: Iterable[Ask]) -> Batch:
         """A new batch with as many requests as the budget and the provider allow."""
         desk = self._desk
         desk.clerk.check_room()
@@ -308,7 +308,7 @@ class Batching:
 
 
 def _parts(
-    account: Account, ledger: Ledger, asks: Sequence[Ask]
+    account: Account, ledger: Ledger, asks: Iterable[Ask]
 ) -> Iterator[tuple[Request, list[int]]]:
     """What to send: all samples of a prompt at once, or one by one where they can't be."""
     for ask in asks:

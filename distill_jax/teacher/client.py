@@ -9,9 +9,11 @@ import contextlib
 import logging
 import signal
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 from distill_jax.config import TUTOR, TeacherConfig
+from distill_jax.on_demand import OnDemand
 from distill_jax.records import Completion
 from distill_jax.teacher.account import Account, Ask
 from distill_jax.teacher.asking import Asking, Desk
@@ -82,9 +84,19 @@ class TeacherClient:
           OSError: the disk is full. The same holds.
           ValueError: a prompt needs more tokens than `teacher.per_minute` lets through.
         """
+        return list(self.fetch(asks, advance=advance))
+
+    def fetch(
+        self, asks: Sequence[Ask], *, advance: Advance = lambda *_: None
+    ) -> Sequence[tuple[Completion, ...]]:
+        """The same, but answers are read from the ledger when they are looked at, not held.
+
+        Where the asks, too, are made when they are looked at, nothing large is held at all. The
+        ledger must stay open.
+        """
         pour(self._ledger)
-        found = {ask: self._recall(ask) for ask in asks}
-        todo = [ask for ask, answers in found.items() if self._is_open(ask, answers)]
+        open_ = self._find_open(asks)
+        todo = OnDemand(len(open_), lambda index: asks[open_[index]])
         spending = _Spending(self._ledger, len(todo))
         advance(len(asks) - len(todo), spending.told(0))
         if todo:
@@ -93,12 +105,23 @@ class TeacherClient:
                 asyncio.run(self._ask(todo, advance, spending))
             except asyncio.CancelledError:
                 raise KeyboardInterrupt from None  # the second interrupt
-            found.update((ask, self._recall(ask)) for ask in todo)
-        return [found[ask] for ask in asks]
+        return self.recall(asks)
 
-    def recall(self, asks: Sequence[Ask]) -> list[tuple[Completion, ...]]:
-        """What the ledger holds, as `complete` returns it; asks nothing and costs nothing."""
-        return [self._recall(ask) for ask in asks]
+    def recall(self, asks: Sequence[Ask]) -> Sequence[tuple[Completion, ...]]:
+        """What the ledger holds, as `fetch` returns it; asks nothing and costs nothing."""
+        return OnDemand(len(asks), lambda index: self._recall(asks[index]))
+
+    def _find_open(self, asks: Sequence[Ask]) -> Sequence[int]:
+        """Which asks have to go out; of equal ones the first."""
+        found, seen = array("q"), set()
+        for index, ask in enumerate(asks):
+            if not self._is_open(ask, self._recall(ask)):
+                continue
+            same = (bytes.fromhex(self._account.request(ask).key), ask.slots)
+            if same not in seen:
+                seen.add(same)
+                found.append(index)
+        return found
 
     def _recall(self, ask: Ask) -> tuple[Completion, ...]:
         answers = self._account.answers(self._ledger, self._account.request(ask))

@@ -1,17 +1,20 @@
 """Mistakes and a teacher in, rationales to train on and counts of the rest out."""
 
+import heapq
 import re
+from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from distill_jax.answers import read_answer, same_answer
+from distill_jax.on_demand import OnDemand
 from distill_jax.prompts import clean_rationale
 from distill_jax.records import (
     Attempt,
     Completion,
-    FinishReason,
-    Lesson,
     Question,
     Rationale,
     Verdict,
@@ -40,7 +43,7 @@ def ask_teacher(
     samples: int,
     extra_tries: int = 0,
     alternatives: int = 0,
-) -> Lesson:
+) -> Iterator[Rationale]:
     """Asks the teacher about each question once and marks every answer.
 
     An answer is kept when it came whole, its final answer can be read and agrees with the gold
@@ -56,7 +59,9 @@ def ask_teacher(
       mistakes: The student's wrong completion for those questions that have one, by id; empty in
         the first round.
       complete: Maps P asks to P times as many completions as each has slots, in order. Holds the
-        model, retries, the ledger and the budget, so this function has none of those knobs.
+        model, retries, the ledger and the budget, so this function has none of those knobs. Its
+        asks are made when they are looked at; where the completions are, too, no more than one
+        question's are held.
       prompt: Makes the prompt from a question and its mistake; None asks without one.
       round_index: Copied into every row, and decides which slots of a prompt are asked: one that
         an earlier round asked already is asked for new samples.
@@ -65,9 +70,8 @@ def ask_teacher(
       alternatives: How many likely tokens the teacher is to name for each one it says; what it
         says of them is in the `pieces` of the rows that are kept.
 
-    Returns:
-      S rows for each time a question was asked, ordered by question as given and then by sample:
-      `num_asked == len(kept) + sum(rejected.values())`, always.
+    Yields:
+      S rows for each time a question was asked, ordered by question as given and then by sample.
 
     Raises:
       ValueError: a question is not of the train split or occurs twice, or a mistake's question is
@@ -83,50 +87,111 @@ def ask_teacher(
       >>> q = Question("gsm8k/train/7", "3 + 4?", "7", "train", "numeric")
       >>> says = ["3 + 4 = 7.\\nAnswer: 7", "It is 8.\\nAnswer: 8"]
       >>> complete = lambda asks: [[Completion(text, "stop", 9) for text in says]]
-      >>> lesson = ask_teacher([q], {}, complete, prompt=lambda question, mistake: question.text,
-      ...                      round_index=1, samples=2)
-      >>> [row.text for row in lesson.kept], lesson.rejected
-      (['3 + 4 = 7.'], {'wrong': 1})
+      >>> rows = ask_teacher([q], {}, complete, prompt=lambda question, mistake: question.text,
+      ...                    round_index=1, samples=2)
+      >>> [(row.text, row.verdict) for row in rows]
+      [('3 + 4 = 7.', 'kept'), ('It is 8.', 'wrong')]
     """
     _check(questions, mistakes)
     first = (round_index - 1) * samples * (1 + extra_tries)
-    answers: dict[str, list[Completion]] = {question.id: [] for question in questions}
-    rows: dict[str, list[Rationale]] = {}
+    tries: list[_Try] = []
+
+    def mark(place: int) -> list[Rationale]:
+        said = [completion for each in tries for completion in each.answers(place)]
+        question = questions[place]
+        return _mark_all(question, said, mistakes.get(question.id, ""), round_index)
+
+    asked: Sequence[int] = range(len(questions))
     for extra in range(1 + extra_tries):
-        asked = [q for q in questions if all(row.verdict != "kept" for row in rows.get(q.id, ()))]
         start = first + extra * samples
         slots = tuple(range(start, start + samples))
-        asks = [
-            Ask(prompt(question, mistakes.get(question.id)), slots, alternatives=alternatives)
-            for question in asked
-        ]
-        for question, completions in zip(asked, _ask(asked, asks, complete), strict=True):
-            answers[question.id] += completions
-            rows[question.id] = _mark_all(
-                question, answers[question.id], mistakes.get(question.id, ""), round_index
-            )
-    return Lesson(tuple(row for question in questions for row in rows[question.id]))
+
+        def ask(place: int, slots: tuple[int, ...] = slots) -> Ask:
+            shown = prompt(questions[place], mistakes.get(questions[place].id))
+            return Ask(shown, slots, alternatives=alternatives)
+
+        tries.append(_Try.make(questions, asked, ask, complete))
+        if extra < extra_tries:
+            asked = array("q", (i for i in asked if all(row.verdict != "kept" for row in mark(i))))
+    for place in range(len(questions)):
+        yield from mark(place)
+
+
+@dataclass(frozen=True)
+class _Try:
+    """What came back of one time of asking, those that were cut asked for once more.
+
+    Attributes:
+      places: The questions that were asked, ascending.
+      first: The completions of each.
+      again: Those of them that seemed cut, by place among the places.
+      longer: The completions that take their place, in the same order.
+    """
+
+    places: Sequence[int]
+    first: Sequence[Sequence[Completion]]
+    again: Mapping[int, tuple[int, Sequence[int]]]
+    longer: Sequence[Sequence[Completion]]
+
+    @classmethod
+    def make(
+        cls,
+        questions: Sequence[Question],
+        places: Sequence[int],
+        ask: Callable[[int], Ask],
+        complete: Complete,
+    ) -> "_Try":
+        """Asks, and asks again with a larger limit."""
+        first = complete(OnDemand(len(places), lambda index: ask(places[index])))
+        again: dict[int, tuple[int, Sequence[int]]] = {}
+        for index, (place, said) in enumerate(zip(places, first, strict=True)):
+            cut = [i for i, text in enumerate(said) if _seems_cut(questions[place], text)]
+            if cut:
+                again[index] = (len(again), cut)
+        order = [*again]
+
+        def ask_longer(number: int) -> Ask:
+            wanted = ask(places[order[number]])
+            slots = tuple(wanted.slots[i] for i in again[order[number]][1])
+            return replace(wanted, slots=slots, longer=True)
+
+        longer = complete(OnDemand(len(order), ask_longer)) if order else ()
+        return cls(places, first, again, longer)
+
+    def answers(self, place: int) -> list[Completion]:
+        """The completions of a question; none if it was not asked."""
+        index = bisect_left(self.places, place)
+        if index == len(self.places) or self.places[index] != place:
+            return []
+        found = list(self.first[index])
+        number, cut = self.again.get(index, (0, ()))
+        for i, completion in zip(cut, self.longer[number] if cut else (), strict=True):
+            if completion.finish_reason != "error":
+                found[i] = completion
+        return found
 
 
 def mark_attempts(
-    questions: Sequence[Question], attempts: Sequence[Attempt], *, round_index: int
-) -> Lesson:
+    questions: Sequence[Question], exams: Iterable[Iterable[Attempt]], *, round_index: int
+) -> Iterator[Rationale]:
     """A lesson that the student gives itself: its own attempts, marked like a teacher's answers.
 
     Args:
       questions: In the order of the rows to come.
-      attempts: At these questions; first come, first kept.
+      exams: Attempts at these questions, in the same order; first come, first kept.
       round_index: Copied into every row.
 
     Source:
       Zelikman et al., "STaR: Bootstrapping Reasoning With Reasoning" (NeurIPS 2022).
     """
-    each: dict[str, list[Completion]] = {question.id: [] for question in questions}
-    for attempt in attempts:
-        reason: FinishReason = "length" if attempt.cut else "stop"
-        each[attempt.question_id].append(Completion(attempt.text, reason, attempt.num_tokens))
-    rows = [_mark_all(question, each[question.id], "", round_index) for question in questions]
-    return Lesson(tuple(row for marked in rows for row in marked))
+    places = {question.id: place for place, question in enumerate(questions)}
+
+    def place(attempt: Attempt) -> int:
+        return places[attempt.question_id]
+
+    for index, attempts in groupby(heapq.merge(*exams, key=place), key=place):
+        said = [Completion(a.text, "length" if a.cut else "stop", a.num_tokens) for a in attempts]
+        yield from _mark_all(questions[index], said, "", round_index)
 
 
 def _check(questions: Sequence[Question], mistakes: Mapping[str, str]) -> None:
@@ -143,30 +208,6 @@ def _check(questions: Sequence[Question], mistakes: Mapping[str, str]) -> None:
     unknown = sorted(set(mistakes) - set(times))
     if unknown:
         raise ValueError(f"each mistake needs its question; {unknown[0]} is not among them.")
-
-
-def _ask(
-    questions: Sequence[Question], asks: Sequence[Ask], complete: Complete
-) -> list[list[Completion]]:
-    """The completions, those that were cut asked for once more with a larger limit."""
-    answers = [list(completions) for completions in complete(asks)]
-    assert [len(row) for row in answers] == [len(ask.slots) for ask in asks], "one per slot"
-    again: dict[int, list[int]] = {}
-    for place, (question, completions) in enumerate(zip(questions, answers, strict=True)):
-        cut = [i for i, completion in enumerate(completions) if _seems_cut(question, completion)]
-        if cut:
-            again[place] = cut
-    longer = [
-        replace(asks[place], slots=tuple(asks[place].slots[i] for i in cut), longer=True)
-        for place, cut in again.items()
-    ]
-    for (place, cut), completions in zip(
-        again.items(), complete(longer) if longer else (), strict=True
-    ):
-        for index, completion in zip(cut, completions, strict=True):
-            if completion.finish_reason != "error":
-                answers[place][index] = completion
-    return answers
 
 
 def _seems_cut(question: Question, completion: Completion) -> bool:
