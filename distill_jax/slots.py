@@ -38,9 +38,7 @@ class Prompt:
     """A question that is asked."""
 
     index: int  # among the prompts given
-    tokens: Sequence[
-        int
-    ]  # behind the common ones; the last is fed by each row, the others are read
+    tokens: Sequence[int]  # behind the common ones; the last is fed by each row, others are read
     rows: list["Row"] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # of all tokens but the last
 
