@@ -88,7 +88,7 @@ def judge_all(folder: Path, settings: Config, samples: int) -> list[int]:
         asked = settings.model_copy(
             update={"teacher": settings.teacher.model_copy(update={"url": url})}
         )
-        [*judge(asked, folder, train, rows, round_index=1, progress=Progress(quiet=True))]
+        list(judge(asked, folder, train, rows, round_index=1, progress=Progress(quiet=True)))
     return [len(prompt.encode()) for prompt in server.prompts]
 
 

@@ -1,8 +1,9 @@
 """Reads the files of a run folder, whether the run has ended or is still writing them."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -60,10 +61,10 @@ def finished_rows(folder: Path, name: str, kind: type[T]) -> Iterator[T]:
 
 def _rows(path: Path, lines: Iterable[bytes], kind: type[T], *, torn: int | None) -> Iterator[T]:
     """Reads lines, of which the one that is `torn` may be half written."""
+    make: Callable[[Any], Any] = dict if kind is dict else partial(from_json, kind)
     for number, line in enumerate(lines, start=1):
         try:
-            row: Any = json.loads(line)
-            yield row if kind is dict else from_json(kind, row)
+            yield make(json.loads(line))
         except ValueError as error:
             if number == torn:
                 break
