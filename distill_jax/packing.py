@@ -150,8 +150,8 @@ def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
             for each in (first + silent, cut):
                 longest, second, *_ = sorted([*each, 0, 0], reverse=True)
                 branch, other = max(branch, longest), max(other, second)
-    sizes = map(round_up, (predicting, tokens, question, branch))
-    return Shape(*sizes, round_up(other if other < APART * branch else branch))
+    other = other if other < APART * branch else branch
+    return Shape(*map(round_up, (predicting, tokens, question, branch, other)))
 
 
 def branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:

@@ -106,7 +106,7 @@ choose_compiled = jax.jit(choose, static_argnums=4)
 
 def slowly(student: Student, shared: list[int], row: Row) -> list[int]:
     """The completion without pages, forks, slots or neighbours."""
-    text = shared + row.prompt.tokens
+    text = [*shared, *row.prompt.tokens]
     start = len(text)
     for place in range(row.limit):
         padded = jnp.asarray([text + [0] * (96 - len(text))], jnp.int32)
