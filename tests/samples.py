@@ -94,6 +94,7 @@ def find_rows(batch: AnyBatch) -> Iterator[Found]:
 def assert_same_training(one: TrainState, many: TrainState, means: Sequence[Any]) -> None:
     """Two states after the same steps on unlike meshes: moments, and what the gradients moved.
 
+    AdamW's second moment is a mean of squares, so its root is what has the size of a gradient. And
     AdamW divides a gradient by its size, so one that is all rounding says nothing of a weight. Such
     are those of key biases, which no softmax notices: they count by their moments alone.
 
@@ -102,10 +103,13 @@ def assert_same_training(one: TrainState, many: TrainState, means: Sequence[Any]
       many: On several, fetched.
       means: AdamW's means of gradients after each step on one device.
     """
-    for moment in ("mu", "nu"):
-        expected, found = (optax.tree.get(x.opt_state, moment) for x in (one, many))
-        largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for moment, to_gradient in (("mu", np.asarray), ("nu", np.sqrt)):
+        expected, found = (
+            [to_gradient(x) for x in jax.tree.leaves(optax.tree.get(state.opt_state, moment))]
+            for state in (one, many)
+        )
+        largest = max(np.abs(x).max() for x in expected)
+        for x, y in zip(found, expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * largest)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(means[0]))
     for x, y, *mus in zip(*map(jax.tree.leaves, (many.params, one.params, *means)), strict=True):

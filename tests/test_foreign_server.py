@@ -1,7 +1,7 @@
 """A server that nobody here wrote: `transformers serve` with a tiny real model.
 
-It gives one answer whatever `n` is, the same one each time, under a name of its own, and cuts it
-at the limit: so much that happens to real runs happens here at once.
+It gives one answer whatever `n` is, the same one each time, and cuts it at the limit: so much that
+happens to real runs happens here at once.
 """
 
 import importlib.util
@@ -84,7 +84,6 @@ def test_its_answers_are_kept_and_never_asked_again(tmp_path: Path, server, capl
     assert {c.finish_reason for row in first for c in row} == {"length"}
     said = [record.getMessage() for record in caplog.records]
     assert sum("is not sampling" in line for line in said) == 1
-    assert sum(line.endswith("answers.") for line in said) == 1  # under a name of its own
     assert read_totals(tmp_path / "l").num_requests == 12  # `n` is ignored: one by one
     with Ledger(tmp_path / "l") as ledger:
         assert client(ledger, server).complete(asks(prompts)) == first
