@@ -6,7 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+from fake_devices import fake_devices
+
+os.environ.setdefault("XLA_FLAGS", fake_devices(8))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # what one test compiled serves the others

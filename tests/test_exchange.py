@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import transformers
 import yaml
+from fake_devices import fake_devices
 from random_models import LLAMA, make_params, make_published, whole
 from safetensors.numpy import load_file
 from sample_run import HOSTILE, sample_config, write_run
@@ -52,7 +53,7 @@ def run(tmp_path_factory, shared) -> Path:
 def test_a_round_saved_on_eight_devices_is_exported_on_one(run, tmp_path, shared):
     done = command(
         *("export", run, "--round", 3, "--to", tmp_path / "out", "--json"),
-        XLA_FLAGS="--xla_force_host_platform_device_count=1",
+        XLA_FLAGS=fake_devices(1),
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fake_devices import fake_devices
 
 from distill_jax.records import Attempt, Lesson, Question, Rationale
 from distill_jax.run_folder import read_records, read_rows
@@ -49,7 +50,7 @@ STAGES = ("exam", "lesson", "metrics", "dev")
 
 def environment(compiled: Path, devices: int) -> dict[str, str]:
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": fake_devices(devices),
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from fake_devices import fake_devices
 from sample_run import sample_config, write_run
 from shell import command
 from test_rounds import SMALL
@@ -29,7 +30,7 @@ from distill_jax.school import open_student
 from distill_jax.teaching import exam_prompt
 
 QUIET = Progress(quiet=True)
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ONE_DEVICE = {"XLA_FLAGS": fake_devices(1)}
 SWEEP = ("student.model=/nowhere,scratch", "rounds.max=1")
 CHEAP = {  # one program of each sort
     "scratch": (32, 2, 4),
