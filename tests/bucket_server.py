@@ -47,7 +47,7 @@ def _google(port: int) -> Iterator[dict[str, str]]:
             return _one_at_a_time(found, lock) if name.startswith("do_") else found
 
         def end_headers(self) -> None:
-            """Google says which generation of an object was read; writers on top of it need that."""
+            """Google says which generation was read; who writes on top of it needs that."""
             read = re.search(r"/b/([^/]+)/o/([^?]+)[?].*alt=media", self.path)
             with suppress(NotFound):
                 if self.command == "GET" and read is not None:
