@@ -10,6 +10,7 @@ The patterns are bounded or can't backtrack: reading takes time linear in the te
 import re
 import unicodedata
 from fractions import Fraction
+from functools import lru_cache
 
 from distill_jax.numerals import FILLER, last_number, marked_number
 from distill_jax.records import Kind
@@ -119,10 +120,10 @@ def same_answer(answer: str, gold: str, kind: Kind) -> bool:
       >>> same_answer("1000", "1,000", "numeric"), same_answer("5", "-5", "numeric")
       (True, False)
     """
-    right = read_answer(gold, kind)
+    right = _read_again(gold, kind)
     if right is None:
         raise ValueError(f"a gold answer of kind {kind} must be readable as one; got {gold!r}.")
-    given = read_answer(answer, kind)
+    given = _read_again(answer, kind)
     if given is None:
         return False
     if kind == "text":
@@ -133,6 +134,12 @@ def same_answer(answer: str, gold: str, kind: Kind) -> bool:
     if a.denominator == b.denominator == 1:
         return False
     return abs(a - b) <= _RELATIVE_TOLERANCE * max(abs(a), abs(b))
+
+
+@lru_cache(maxsize=4096)
+def _read_again(answer: str, kind: Kind) -> str | None:
+    """An answer that stands alone: the same few are compared again and again."""
+    return read_answer(answer, kind)
 
 
 def _own_part(text: str, *, paragraphs: bool) -> str:

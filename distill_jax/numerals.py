@@ -138,6 +138,10 @@ def _numbers(text: str) -> Iterator[_Found]:
 def _value(found: _Found) -> str | None:
     """The number as written out by `_written`; None if it is one that no one can mean."""
     match = found.match
+    digits = match["number"]
+    only_digits = match["whole"] is None and match.end() == match.end("number")
+    if only_digits and digits.isdigit() and len(digits) < MAX_DIGITS:  # as nearly all are
+        return str(-int(digits) if found.negative else int(digits))
     parts = [match[name] or "" for name in ("number", "denominator", "exponent")]
     if any(len(part) > MAX_DIGITS for part in parts):
         return None

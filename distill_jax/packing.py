@@ -6,6 +6,7 @@ all batches of a round beforehand, so that few programs are compiled and little 
 Letters: M microbatches, S row shards, T tokens of a shard's line.
 """
 
+import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,12 +126,14 @@ def spread(items: Sequence[Item], grid: Grid, branches: Branches) -> list[list[I
 
     groups: list[list[Item]] = [[] for _ in range(grid.microbatches * grid.shards)]
     assert len(items) <= len(groups) * grid.rows
-    sums = [0] * len(groups)
+    room = [(0, index) for index in range(len(groups))]  # tokens so far; the emptiest first
     for item in sorted(items, key=size, reverse=True):
-        room = (i for i, group in enumerate(groups) if len(group) < grid.rows)
-        index = min(room, key=sums.__getitem__)
+        tokens, index = room[0]
         groups[index].append(item)
-        sums[index] += size(item)
+        if len(groups[index]) < grid.rows:
+            heapq.heapreplace(room, (tokens + size(item), index))
+        else:
+            heapq.heappop(room)
     return groups
 
 

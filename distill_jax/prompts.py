@@ -357,5 +357,6 @@ def _mark(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """Someone else's text as data: one line, printable, no label of ours followed by a colon."""
-    visible = "".join(c for c in _one_line(text) if c.isprintable())
+    line = _one_line(text)
+    visible = line if line.isprintable() else "".join(c for c in line if c.isprintable())
     return _OWN_LABEL.sub(r"\1", visible)

@@ -139,7 +139,9 @@ class _Desk:
             (self.live, self.free_own_pages),
         ):
             for text in texts:
-                text.pages += [free.pop() for _ in range(text.num_pages - len(text.pages))]
+                missing = text.num_pages - len(text.pages)
+                if missing > 0:
+                    text.pages += [free.pop() for _ in range(missing)]
 
     def leave(self, slot: int, row: Row) -> bool:
         """Frees the slot of a row that has ended; says if it was the last one of its prompt."""

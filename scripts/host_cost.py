@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 DESKS, SLOTS, ANSWER = 64, 64, 64  # tokens of an answer, on average
 RATIONALES = 2  # kept, of a question
@@ -206,9 +207,9 @@ def ask_teacher(folder: Path, questions: int, samples: int) -> int:
     config = _config(folder, url="http://127.0.0.1:1/v1", model="m", samples=samples)
     exam = stream_records(folder / "round_02" / "exam.jsonl", Attempt)
     settings: Any = {"round_index": 2, "progress": Progress(quiet=True)}
-    write_records(
-        folder / "said.jsonl", teach(config, folder, _questions(folder), exam, **settings)
-    )
+    with mock.patch("distill_jax.teacher.client.connect", connect):
+        lesson = teach(config, folder, _questions(folder), exam, **settings)
+        write_records(folder / "said.jsonl", lesson)
     return sum(1 for _ in (folder / "said.jsonl").open())
 
 
