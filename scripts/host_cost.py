@@ -282,17 +282,24 @@ def main() -> None:
     if options.folder:
         run_stage(options.stages[0], options.folder, *sizes)
         return
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder), *sizes)
-        found = [measure(name, Path(folder), *sizes) for name in options.stages]
+        if not options.json:
+            print(f"{sizes[0]:,} questions, {sizes[1]} samples besides the greedy answer")
+        for name in options.stages:
+            found.append(measure(name, Path(folder), *sizes))
+            if not options.json:
+                show(found[-1])
     if options.json:
         print(json.dumps({"questions": sizes[0], "samples": sizes[1], "stages": found}))
-        return
-    print(f"{sizes[0]:,} questions, {sizes[1]} samples besides the greedy answer")
-    for each in found:
-        over = f", over {LIMIT_GB:.0f}" if each["peak_gb"] > LIMIT_GB else ""
-        times = f"{each['seconds']:9.1f} s, {each['cpu_seconds']:9.1f} s of a core"
-        print(f"{each['stage']:30}{times}, {each['peak_gb']:6.2f} GB{over}")
+
+
+def show(stage: dict[str, Any]) -> None:
+    """Prints what one stage took."""
+    over = f", over {LIMIT_GB:.0f}" if stage["peak_gb"] > LIMIT_GB else ""
+    times = f"{stage['seconds']:9.1f} s, {stage['cpu_seconds']:9.1f} s of a core"
+    print(f"{stage['stage']:30}{times}, {stage['peak_gb']:6.2f} GB{over}", flush=True)
 
 
 if __name__ == "__main__":
