@@ -89,6 +89,15 @@ def test_slices_are_told_apart_along_the_data_axis():
 
 
 @needs_libtpu
+def test_a_row_of_a_torus_may_be_shared_by_two_axes():
+    devices = find_topology("v5p:4x4x4").devices
+    grid = make_mesh(32, 2, 1, devices=devices).devices
+    for pair in grid.reshape(32, 2).tolist():
+        differs = [abs(a - b) for a, b in zip(*(device.coords for device in pair), strict=True)]
+        assert sorted(differs) == [0, 0, 1], "neighbours share what is exchanged most"
+
+
+@needs_libtpu
 def test_what_has_no_room_says_how_much_and_what_has():
     settings = config()
     wide = ModelConfig(**{**vars(MODEL), "width": 8192, "mlp_width": 32768, "layers": 2})

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,7 +104,8 @@ def _arrange(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.nd
         for index in sorted({_slice(device) for device in devices})
     ]
     shape = (data // slices, fsdp, tensor)
-    return np.concatenate([mesh_utils.create_device_mesh(shape, part) for part in parts])
+    arrange = partial(mesh_utils.create_device_mesh, shape, allow_split_physical_axes=True)
+    return np.concatenate([arrange(part) for part in parts])
 
 
 def shardings(
