@@ -2,11 +2,13 @@
 
 import importlib.util
 
+import jax
 import pytest
 from test_fit import MODEL, TEXTS, config
 
 from distill_jax.config import ConfigError
 from distill_jax.layouts import num_weights
+from distill_jax.plan import topology
 from distill_jax.plan.fit import Student, compile_programs
 from distill_jax.plan.topology import count_chips, find_topology, larger
 from distill_jax.plan.work import count_round
@@ -75,6 +77,19 @@ def test_the_real_step_is_compiled():
     assert compiled.step.roofline <= compiled.step.in_turn
     low, high = compiled.utilisation
     assert 0 < low <= high < 1
+
+
+def test_a_libtpu_that_jax_cannot_read_is_named(monkeypatch):
+    class Unreadable(jax.stages.Compiled):
+        def __init__(self):
+            pass
+
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr("importlib.metadata.version", {"libtpu": "9.9"}.get)
+    with pytest.raises(ConfigError, match=r"can't read what libtpu 9.9 compiled; .* 'jax\[tpu\]'"):
+        topology._text(Unreadable())
 
 
 @needs_libtpu

@@ -213,7 +213,8 @@ def compile_programs(config: Config, student: Student, name: str, *, answers: bo
     """Compiles the step, and the program of exams, for TPUs that need not be here.
 
     Raises:
-      ConfigError: there is no such topology, or libtpu is not installed.
+      ConfigError: there is no such topology, or libtpu is not installed, or is not the one that
+        belongs to this JAX.
       DoesNotFit: a program has no room; the message says what has.
     """
     found = topology.find_topology(name)

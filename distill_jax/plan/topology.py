@@ -5,6 +5,7 @@ account of memory, products and exchanges between devices comes out. Needs libtp
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -298,7 +299,7 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
         if used is None:
             raise
         raise DoesNotFit(name, _bytes(used[1], used[2]), _bytes(used[3], used[4])) from None
-    sizes, text = compiled.memory_analysis(), compiled.as_text()
+    sizes, text = compiled.memory_analysis(), _text(compiled)
     assert sizes is not None and text is not None, "TPU compilers say both"
     work = read_work(text)
     new = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -310,6 +311,16 @@ def _compile(name: str, lowered: jax.stages.Lowered, topology: Topology, mesh: M
         exchanges=exchanges,
         seconds=_seconds(work, topology.chip, exchanges),
     )
+
+
+def _text(compiled: jax.stages.Compiled) -> str | None:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"JAX {jax.__version__} can't read what libtpu {importlib.metadata.version('libtpu')} "
+            "compiled; install the libtpu that belongs to it: pip install 'jax[tpu]'."
+        ) from error
 
 
 @contextlib.contextmanager
