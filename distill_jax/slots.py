@@ -190,7 +190,8 @@ class Seating:
         facts = ((p.index, len(p.tokens), p.num_pages, _most(p.rows)) for p in prompts)
         index, length, self._pages, limit = np.fromiter(facts, np.dtype((np.int32, 4))).T
         ordered = np.lexsort((index, length, self._pages))
-        self._queue = deque(i for i in ordered.tolist() if index[i] in owed)
+        owing = [number in owed for number in index.tolist()]  # of ints: a range finds them at once
+        self._queue = deque(i for i in ordered.tolist() if owing[i])
         self._together = max(1, slots // (4 * self._share))
         # A prompt is held from before its rows sit down until the last of them has ended.
         longest = ordered[-(3 * slots // (2 * self._share) + self._together) :]
