@@ -6,6 +6,7 @@ Letters: Q questions, S samples per question, N answers asked of the teacher.
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -144,8 +145,8 @@ class Lesson:
 
 def to_json(record: object) -> dict:
     """The record as a JSON-ready dict, one key per field."""
-    fields = dataclasses.fields(record)  # pyright: ignore[reportArgumentType]
-    return {field.name: getattr(record, field.name) for field in fields}
+    names, _ = _names(type(record))
+    return {name: getattr(record, name) for name in names}
 
 
 def from_json(kind: type[T], row: dict) -> T:
@@ -154,12 +155,18 @@ def from_json(kind: type[T], row: dict) -> T:
     Raises:
       ValueError: the row's keys are not the record's fields.
     """
-    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
-    names = {field.name for field in fields}
-    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
-    if not needed <= set(row) <= names:
+    names, needed = _names(kind)
+    if not needed <= row.keys() <= names.keys():
         raise ValueError(f"a {kind.__name__} row has {sorted(names)}; got {sorted(row)}.")
     return kind(**{name: _frozen(value) for name, value in row.items()})
+
+
+@cache
+def _names(kind: type) -> tuple[dict[str, None], set[str]]:
+    """The fields of a record, in order, and those that every row must have."""
+    fields = dataclasses.fields(kind)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    return dict.fromkeys(field.name for field in fields), needed
 
 
 def _frozen(value: Any) -> Any:
