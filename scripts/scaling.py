@@ -187,8 +187,8 @@ def print_scaling(plan: dict[str, Any]) -> None:
     for name, what in (("links", "links in a slice"), ("network", "the network between slices")):
         share = times[name] / other
         print(
-            f"\nAt {CHIPS[-1]} chips {what} take {share:.0%} of the time that a chip computes: "
-            f"they become the limit below {rows * share:.2g} rows a chip."
+            f"\nAt {CHIPS[-1]} chips the time of {what} is {share:.0%} of the time that a chip "
+            f"computes: it is the limit below {rows * share:.2g} rows a chip."
         )
 
 
