@@ -45,7 +45,7 @@ from distill_jax.teacher.lesson import mark_attempts
 from distill_jax.teaching import (
     check_teacher,
     exam_prompt,
-    find_mistakes,
+    is_mistake,
     judge,
     teach,
     wants_rationales,
@@ -124,7 +124,7 @@ def _play_round(school: School, round_index: int) -> str:
 
 
 def _has_mistakes(exam: Path) -> bool:
-    return bool(find_mistakes(stream_records(exam, Attempt)))
+    return any(map(is_mistake, stream_records(exam, Attempt)))
 
 
 def _reason_to_stop(school: School, finished: int) -> str:

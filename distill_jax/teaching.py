@@ -21,13 +21,14 @@ from distill_jax.teacher.lesson import Complete, Prompt, ask_teacher
 from distill_jax.teacher.tutor import serve
 
 
+def is_mistake(attempt: Attempt) -> bool:
+    """Whether it is a greedy answer that is wrong."""
+    return attempt.sample_index == GREEDY and not attempt.correct
+
+
 def find_mistakes(attempts: Iterable[Attempt]) -> dict[str, str]:
-    """The greedy answers that are wrong, by question."""
-    return {
-        attempt.question_id: attempt.text
-        for attempt in attempts
-        if attempt.sample_index == GREEDY and not attempt.correct
-    }
+    """The text of each mistake, by question."""
+    return {attempt.question_id: attempt.text for attempt in filter(is_mistake, attempts)}
 
 
 def wants_rationales(config: Config) -> bool:
