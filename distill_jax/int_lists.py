@@ -1,6 +1,6 @@
 """Millions of short lists of whole numbers, such as token ids, held in one array.
 
-That is four bytes a number. A tuple takes eight, and the number itself, and 40 for the tuple.
+That is two or four bytes a number. A tuple takes eight, the number itself, and 40 for the tuple.
 """
 
 from array import array
@@ -17,14 +17,17 @@ MIN_SHARED = 32
 class IntLists:
     """Lists by number, from 0.
 
+    Args:
+      limit: All numbers are from 0 to less than this; up to 65,536 they take two bytes each.
+
     Example:
       >>> texts = IntLists()
       >>> texts.append([7, 8]), texts.append([]), texts[0], texts.lengths.tolist()
       (0, 1, (7, 8), [2, 0])
     """
 
-    def __init__(self) -> None:
-        self._ids, self._ends = array("i"), array("q", [0])
+    def __init__(self, limit: int = 2**31) -> None:
+        self._ids, self._ends = array("H" if limit <= 2**16 else "i"), array("q", [0])
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -199,9 +199,9 @@ class _Maker:
         self.numbers: dict[str, int] = {}
         self._tokenizer, self._questions, self._words = tokenizer, questions, prompts
         self._max_length = max_length
-        self._prompts, self._texts = Prompts(), IntLists()
+        self._prompts, self._texts = Prompts(), IntLists(tokenizer.num_tokens)
         self._forms = {form: _FormRows() for form in prompts}
-        self._mistakes: dict[int, array] = {}
+        self._mistakes, self._mistaken = array("i"), array("i")  # texts, and of which question
         self._num_cut = 0
 
     def add_rationales(self, rationales: Sequence[Rationale]) -> None:
@@ -252,8 +252,8 @@ class _Maker:
             if len(tokens) > room:
                 self._num_cut += 1
                 tokens = [*tokens[: room - 1], tokens[-1]]
-            found = self._mistakes.setdefault(self.numbers[id], array("i"))
-            found.append(self._texts.append(tokens))
+            self._mistaken.append(self.numbers[id])
+            self._mistakes.append(self._texts.append(tokens))
 
     def finish(self, pick: np.random.Generator) -> Rows:
         """All rows, form by form, with their pools."""
@@ -270,10 +270,12 @@ class _Maker:
             if found
         }
         different, own = _find_different(self._texts, heads, anchors, len(self._prompts))
+        mistakes = np.asarray(self._mistakes)
+        of_question = _groups(self._mistaken, len(self.numbers))
         positives, negatives = IntLists(), IntLists()
         for index, head in enumerate(heads):
             number, form = divmod(head, len(forms))
-            wrong = () if form else self._mistakes.get(number, ())
+            wrong = [] if form else mistakes[of_question(number)].tolist()
             right = [text for text in different[head] if text != own[index]]
             positives.append(_pool(right, MAX_POSITIVES, pick))
             negatives.append(_pool(wrong, MAX_NEGATIVES, pick))
@@ -316,14 +318,20 @@ def _find_different(
 ) -> tuple[IntLists, Sequence[int]]:
     """The texts of each prompt, equal ones once, and which of them each row has."""
     different, own = IntLists(), array("i", anchors)
-    rows = np.argsort(heads, kind="stable")
-    ends = np.searchsorted(np.asarray(heads)[rows], np.arange(num_prompts + 1))
-    for first, last in itertools.pairwise(ends.tolist()):
+    rows_of = _groups(heads, num_prompts)
+    for prompt in range(num_prompts):
         found: dict[Tokens, int] = {}
-        for row in rows[first:last].tolist():
+        for row in rows_of(prompt).tolist():
             own[row] = found.setdefault(texts[anchors[row]], anchors[row])
         different.append([*found.values()])
     return different, own
+
+
+def _groups(names: Sequence[int], count: int) -> Callable[[int], np.ndarray]:
+    """Gives the places at which each of `count` numbers stands, in order."""
+    order = np.argsort(names, kind="stable")
+    ends = np.searchsorted(np.asarray(names)[order], np.arange(count + 1))
+    return lambda name: order[ends[name] : ends[name + 1]]
 
 
 def _wrong_texts(
