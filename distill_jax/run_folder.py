@@ -69,7 +69,14 @@ def open_run(config: Config) -> Path:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, to_yaml(config))
+    _drop_leftovers(folder)
     return folder
+
+
+def _drop_leftovers(folder: Path) -> None:
+    """Drops the partial files of finished stages: a kill leaves both, and so does half a copy."""
+    for path in folder.glob("round_*/*.jsonl"):
+        partial_path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -107,6 +107,17 @@ def test_a_run_goes_on_with_another_budget_and_no_other_seed(tmp_path: Path):
         open_run(override(config, ["seed=1", "task.split=chilled"]))
 
 
+def test_a_partial_file_beside_its_finished_one_is_dropped(tmp_path: Path):
+    config = parse_config({**SMALL, "folder": str(tmp_path / "run")})
+    played = open_run(config) / "round_01"
+    played.mkdir()
+    finished, going_on = played / "exam.jsonl", played / "dev.jsonl"
+    for path in (finished, partial_path(finished), partial_path(going_on)):
+        write_text(path, "{}\n")
+    open_run(config)
+    assert {*played.iterdir()} == {finished, partial_path(going_on)}
+
+
 def hold(folder: Path, held, release) -> None:
     with lock(folder):
         held.set()
