@@ -6,9 +6,9 @@
 Both sides take turns, with the same threads and AdamW; the figures are medians over steps of a
 round of 60, for which our batches get the few shapes that `run` would choose. The original pads
 each batch to its own longest texts. The floor is the arithmetic of our step over the rate of a
-large matrix product measured in the same run. Peak memory is that of a process of its own for each
-side: what it held at most above what it held before the first step (on accelerators, what the
-allocator says).
+large matrix product measured in the same run; the ratio of `flops` is that of both sides' products
+in the first step. Peak memory is that of a process of its own for each side: what it held at most
+above what it held before the first step (on accelerators, what the allocator says).
 """
 
 import dataclasses
@@ -238,7 +238,8 @@ def compare(shape: Shape, steps: int) -> dict[str, Any]:
     for name, make in SIDES.items():
         takes[name], facts[name] = make(shape, samples)
     programs, flops = (facts["ours"].pop(name) for name in ("programs", "flops"))
-    first = {name: take(0) for name, take in takes.items()}
+    first = {"ours": takes["ours"](0)}
+    first["pytorch"], their_flops = count_flops(takes["pytorch"])
     error = max(
         abs(float(first["ours"][k]) / first["pytorch"][k] - 1)
         for k in ("lm_loss", "reflection_loss")
@@ -258,11 +259,23 @@ def compare(shape: Shape, steps: int) -> dict[str, Any]:
         "shape": dataclasses.asdict(shape),
         "pytorch": {"seconds_per_step": round(medians["pytorch"], 3)} | facts["pytorch"],
         "ours": {"seconds_per_step": round(medians["ours"], 3)} | facts["ours"],
-        "ratio": {"seconds_per_step": round(statistics.median(x / y for x, y in pairs), 2)},
+        "ratio": {
+            "seconds_per_step": round(statistics.median(x / y for x, y in pairs), 2),
+            "flops": round(their_flops / flops[0], 2),
+        },
         "floor_seconds": round(statistics.median(flops[1 : steps + 1]) / rate, 3),
         "matmul_flops_per_second": round(rate),
         "first_step_relative_loss_error": error,
     }
+
+
+def count_flops(take: Callable[[int], dict]) -> tuple[dict, int]:
+    """PyTorch's first step, and the operations of its products; ours are counted likewise."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        figures = take(0)
+    return figures, counter.get_total_flops()
 
 
 def matmul_rate(dtype: str) -> float:
