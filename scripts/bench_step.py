@@ -14,7 +14,6 @@ above what it held before the first step (on accelerators, what the allocator sa
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from load_memory import read_memory
 
 ROUND = 60  # batches
 
@@ -297,19 +297,25 @@ def matmul_rate(dtype: str) -> float:
 def measure_alone(shape: Shape, side: str, steps: int) -> dict[str, Any]:
     """Peak memory of one side, in this process."""
     take, _ = SIDES[side](shape, make_samples(shape))
-    before = held_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the process's peak begins anew
+    held, _ = memory(side)
     for index in range(steps):
         take(index)
-    return {"peak_bytes": peak_bytes(side) - before}
+    return {"peak_bytes": memory(side)[1] - held}
 
 
-def held_bytes() -> int:
-    """Resident bytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(side: str) -> tuple[int, int]:
+    """Bytes held now, and at most: what an accelerator's allocator says, or of this process."""
+    import jax
+    import torch
 
-
-def peak_bytes(side: str) -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if side == "pytorch" and torch.cuda.is_available():
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    stats = jax.local_devices()[0].memory_stats() if side == "ours" else None
+    if stats:
+        return stats["bytes_in_use"], stats["peak_bytes_in_use"]
+    # `ru_maxrss` would be no less than that of the process which started this one.
+    return read_memory("VmRSS"), read_memory("VmHWM")
 
 
 def run_alone(side: str) -> dict[str, Any]:
