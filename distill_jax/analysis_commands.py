@@ -168,6 +168,22 @@ def transfer(
     _put(found, to or runs[0] / "analysis", "transfer", as_json)
 
 
+@analyse.command()
+def voting(
+    runs: RunFolders,
+    votes: Annotated[int, typer.Option(min=1, help="Samples per test question.")] = 8,
+    to: To = None,
+    as_json: AsJson = False,
+) -> None:
+    """Does it help to let most of several samples decide? Each run against itself and the first."""
+    keep_compiled()
+    from distill_jax.analysis.voting import study_voting
+    from distill_jax.progress import Progress
+
+    found = study_voting(runs, votes=votes, progress=Progress())
+    _put(found, to or runs[0] / "analysis", "voting", as_json)
+
+
 def compare(
     runs: RunFolders,
     split: Annotated[str, typer.Option(help="test, or dev, which flatters.")] = "test",

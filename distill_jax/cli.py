@@ -199,7 +199,7 @@ def exam(
         settings = make_config(model, changes)
     keep_compiled()
     from distill_jax.progress import Progress
-    from distill_jax.school import examine
+    from distill_jax.resit import examine
 
     result = examine(
         settings,

@@ -124,14 +124,15 @@ def accuracy(attempts: Iterable[Attempt]) -> float:
     return sum(marks) / len(marks)
 
 
-def vote(attempts: Iterable[Attempt], kind: Kind) -> bool:
-    """Whether the answer that most samples agree on is right: self-consistency.
+def vote(attempts: Sequence[Attempt], kind: Kind) -> Attempt:
+    """The first of those samples whose answer most samples agree on: self-consistency.
 
     Samples without a readable answer don't vote, and the greedy answer neither. Of two answers with
-    as many votes the one given first wins.
+    as many votes the one given first wins. Where nobody votes, the first sample, which can't be
+    read; where there are no samples, the greedy answer.
 
     Args:
-      attempts: At one question.
+      attempts: At one question, at least one, ordered by sample.
       kind: Of the question.
 
     Source:
@@ -143,12 +144,13 @@ def vote(attempts: Iterable[Attempt], kind: Kind) -> bool:
       ...     Attempt("t/1", 0, place, "", answer, correct=right, cut=False, num_tokens=2)
       ...     for place, (answer, right) in enumerate(said, 1)
       ... ]
-      >>> vote(samples, "numeric"), vote(samples[::3], "numeric")
-      (True, False)
+      >>> vote(samples, "numeric").answer, vote(samples[::3], "numeric").answer
+      ('7', '8')
     """
+    samples = [attempt for attempt in attempts if attempt.sample_index != GREEDY]
     camps: list[list[Attempt]] = []
-    for attempt in attempts:
-        if attempt.sample_index == GREEDY or attempt.answer is None:
+    for attempt in samples:
+        if attempt.answer is None:
             continue
         for camp in camps:
             if same_answer(attempt.answer, camp[0].answer or "", kind):
@@ -156,7 +158,7 @@ def vote(attempts: Iterable[Attempt], kind: Kind) -> bool:
                 break
         else:
             camps.append([attempt])
-    return bool(camps) and max(camps, key=len)[0].correct
+    return max(camps, key=len)[0] if camps else [*samples, *attempts][0]
 
 
 def passes(attempts: Iterable[Attempt]) -> bool:

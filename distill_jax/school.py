@@ -1,6 +1,5 @@
 """What the stages of a run share: the questions, the student and its weights."""
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,21 +14,20 @@ from jax.sharding import Mesh
 from distill_jax import checkpoint, processes, prompts, run_folder, scratch, weights
 from distill_jax.config import SCRATCH, TEACHER, Config, ConfigError
 from distill_jax.contamination import ExamTexts, Reason
-from distill_jax.exam import Sitting, passes, take_exam, vote
+from distill_jax.exam import Sitting
 from distill_jax.generate import Generate, make_generate
 from distill_jax.layouts import Layout, open_mesh
 from distill_jax.mirror import bring, push
 from distill_jax.progress import Progress
 from distill_jax.questions import default_data_dir, load_questions
-from distill_jax.records import Attempt, Kind, Question, Split, from_json, to_json
-from distill_jax.report.marks import greedy, mark
+from distill_jax.records import Question, Split, from_json, to_json
 from distill_jax.run_folder import round_folder, stream_records, write_records
 from distill_jax.sinks import SinkName
 from distill_jax.student import lora
 from distill_jax.student.architecture import EncoderDecoderConfig, Lora
 from distill_jax.student.model import ModelConfig, Params, abstract_params, logical_axes
 from distill_jax.student.sharding import TRAIN_RULES, shardings
-from distill_jax.teaching import exam_prompt, sit_exam
+from distill_jax.teaching import sit_exam
 from distill_jax.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -225,7 +223,7 @@ def open_questions(
       ConfigError: as `open_school`.
     """
     rows = processes.tell_each("reading the questions", lambda: _read_questions(config))
-    questions = _split(from_json(Question, row) for row in rows)
+    questions = split_questions(from_json(Question, row) for row in rows)
     exam_texts = ExamTexts(questions["test"])
     questions["train"], found = exam_texts.split(questions["train"])
     if not questions["train"]:
@@ -267,7 +265,7 @@ def _find_facts(
     return facts
 
 
-def _split(questions: Iterable[Question]) -> dict[Split, list[Question]]:
+def split_questions(questions: Iterable[Question]) -> dict[Split, list[Question]]:
     splits: dict[Split, list[Question]] = {"train": [], "dev": [], "test": []}
     for question in questions:
         splits[question.split].append(question)
@@ -322,77 +320,3 @@ def find_base(config: Config, folder: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{folder} has not made its student yet; run its config first.")
     return bring(path)
-
-
-def examine(
-    config: Config,
-    folder: Path,
-    *,
-    split: Split,
-    round_index: int,
-    progress: Progress,
-    votes: int = 0,
-) -> dict[str, Any]:
-    """One exam: the greedy answers of one round's weights to one split of `config.task`.
-
-    Args:
-      config: Task, student and how it answers.
-      folder: The run whose weights sit the exam; with round 0 of a published model, anything.
-      split: Which questions.
-      round_index: Which weights; 0 is the untrained student.
-      progress: Where to show it.
-      votes: Samples drawn besides the greedy answer, as `config.exam` says.
-
-    Returns:
-      `accuracy` with its 95% interval `low` and `high`, `questions`, `unreadable`, `cut`,
-      `generated_tokens`, `seconds`; with votes also `votes`, `majority_accuracy`, the share of
-      questions where most samples agree on the right answer, and `pass_at_k`, where any is right.
-
-    Raises:
-      ConfigError: there are no such questions or no such round.
-    """
-    questions = _split(load_questions(config.task, seed=config.seed, data_dir=default_data_dir()))
-    asked = questions[split]
-    if not asked:
-        raise ConfigError(f"task.name={config.task.name} has no {split} questions.")
-    student = open_student(config, find_base(config, folder), folder)
-    generate = partial(
-        student.generate,
-        student.weights.get(round_index),
-        samples=votes,
-        seed=config.seed,
-        round_index=round_index,
-    )
-    start = time.monotonic()
-    each: list[list[Attempt]] = []
-    prompt = partial(exam_prompt, config)
-    with progress.stage(f"{split} exam", total=len(asked), unit="questions") as advance:
-        for answered in take_exam(asked, generate, prompt=prompt, round_index=round_index):
-            each.append(answered)
-            advance(1)
-    attempts = [attempt for answered in each for attempt in answered]
-    marks = mark(greedy(attempts))
-    low, high = marks.interval
-    return {
-        "accuracy": marks.accuracy,
-        "low": low,
-        "high": high,
-        "questions": len(asked),
-        "unreadable": sum(attempt.answer is None for attempt in attempts),
-        "cut": sum(attempt.cut for attempt in attempts),
-        "generated_tokens": sum(attempt.num_tokens for attempt in attempts),
-        "seconds": round(time.monotonic() - start, 3),
-        **(_count_votes(asked, each, votes) if votes else {}),
-    }
-
-
-def _count_votes(
-    questions: Sequence[Question], each: Sequence[Sequence[Attempt]], votes: int
-) -> dict[str, Any]:
-    kinds: dict[str, Kind] = {question.id: question.kind for question in questions}
-    agreed = sum(vote(answered, kinds[answered[0].question_id]) for answered in each)
-    return {
-        "votes": votes,
-        "majority_accuracy": agreed / len(each),
-        "pass_at_k": sum(map(passes, each)) / len(each),
-    }

@@ -30,13 +30,13 @@ packing plain_packing soft_targets rows batches scratch
 report.published report.files report.marks report.phase report.round_summary report.summary
 report.settings report.cases report.style report.figures report.headline report.tables
 report.table_files report.page
-ballot interrupts teaching syllabus training school
+ballot interrupts teaching syllabus training school resit
 plan.teacher plan.work plan.memory plan.savings plan.program plan.topology plan.fit plan.page
 rounds model_card exchange replay
 analysis.findings analysis.paired analysis.pooled analysis.rows_figure analysis.comparison
 analysis.sweep analysis.sweep_report analysis.feedback analysis.round_course analysis.setting
 analysis.stories analysis.paths analysis.reflection analysis.state_map analysis.judging
-analysis.transfer
+analysis.transfer analysis.voting
 machine run_arguments ledger_commands analysis_commands
 membership cluster shelter cli __main__
 """

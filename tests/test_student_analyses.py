@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,25 @@ from shell import command
 from test_rounds import SMALL
 
 from distill_jax.analysis.paths import Paths, Scores, gather_paths, score_paths
+from distill_jax.analysis.pooled import read_run
 from distill_jax.analysis.reflection import MEASURES, measure
 from distill_jax.analysis.state_map import measure_states
 from distill_jax.analysis.sweep import plan_sweep
 from distill_jax.analysis.transfer import study_transfer
+from distill_jax.analysis.voting import study_voting
 from distill_jax.config import ConfigError, parse_config
 from distill_jax.config_file import to_yaml
+from distill_jax.exam import accuracy
 from distill_jax.progress import Progress
 from distill_jax.prompts import mistake_target, target
 from distill_jax.records import Attempt, Question, Rationale, to_json
-from distill_jax.run_folder import read_records, read_rows, write_json, write_rows
+from distill_jax.run_folder import (
+    partial_path,
+    read_records,
+    read_rows,
+    write_json,
+    write_rows,
+)
 from distill_jax.school import open_student
 from distill_jax.teaching import exam_prompt
 
@@ -174,6 +184,42 @@ def test_transfer_takes_each_exam_once(shared, tmp_path):
     assert study_transfer([run], [str(own)], progress=QUIET).facts == first.facts
     with pytest.raises(ValueError, match="own"):
         study_transfer([run], [str(own)], ["exam.top_k=5"], progress=QUIET)
+
+
+def test_votes_are_drawn_once_and_marked(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    study_voting([folder], votes=3, progress=QUIET)
+    path = folder / "analysis" / "votes_3.jsonl"
+    drawn = path.read_text().splitlines(keepends=True)
+    test = [q for q in read_records(folder / "questions.jsonl", Question) if q.split == "test"]
+    attempts = read_records(path, Attempt)
+    asked = {(attempt.question_id, attempt.sample_index) for attempt in attempts}
+    assert asked == {(question.id, sample) for question in test for sample in range(1 + 3)}
+    greedy = {a.question_id: a.text for a in attempts if a.sample_index == 0}
+    chosen = read_run(folder).chosen_round
+    sat = read_records(folder / f"round_{chosen:02d}" / "test.jsonl", Attempt)
+    assert greedy == {a.question_id: a.text for a in sat}
+
+    path.unlink()  # killed in the third question
+    partial_path(path).write_text("".join(drawn[:10]))
+    study_voting([folder], votes=3, progress=QUIET)
+    assert sorted(path.read_text().splitlines(keepends=True)) == sorted(drawn)
+
+    gold = {question.id: question.answer for question in test}
+    agreed = {question.id for question in test[:4]}
+    rows = [
+        replace(attempt, answer=gold[attempt.question_id], correct=True)
+        if attempt.question_id in agreed and attempt.sample_index > 1
+        else replace(attempt, answer="-1", correct=attempt.sample_index == 0)
+        for attempt in attempts
+    ]
+    write_rows(path, map(to_json, rows))
+    done = command("analyse", "voting", folder, "--votes", "3", "--json", **ONE_DEVICE)
+    alone, voted = json.loads(done.stdout)["rows"]
+    assert (alone["name"], voted["name"]) == ("run", "run, 3 votes")
+    assert alone["accuracy"] == accuracy(sat) and voted["accuracy"] == 4 / 6
+    assert voted["original_accuracy"] == 0  # by what stands in the texts, which are not ours
 
 
 def test_measures_against_loops():

@@ -57,7 +57,15 @@ def compare_runs(folders: Sequence[Path], *, split: Split = "test") -> Findings:
       ValueError: a folder holds no finished run or none with that exam, a run is given twice, or
         two rows have no question in common.
     """
-    rows = pool([read_run(folder, split) for folder in folders])
+    return set_against_first(pool([read_run(folder, split) for folder in folders]), split)
+
+
+def set_against_first(rows: Sequence[Row], split: Split) -> Findings:
+    """Compares rows on the same questions, the first with each of the others.
+
+    Raises:
+      ValueError: two rows have no question in common.
+    """
     verdicts = judge_rows(rows)
     return Findings(
         tables=[

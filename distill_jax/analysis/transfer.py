@@ -14,8 +14,8 @@ from distill_jax.report.headline import NOT_KNOWN, percent
 from distill_jax.report.published import TABLE_11, TASKS
 from distill_jax.report.summary import row_name
 from distill_jax.report.tables import Table
+from distill_jax.resit import examine
 from distill_jax.run_folder import read_json, write_json
-from distill_jax.school import examine
 
 DONE = "transfer_exams.json"
 
