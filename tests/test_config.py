@@ -49,11 +49,11 @@ def test_what_is_wrong_gets_one_sentence(change: dict, sentence: str):
     assert "\n" not in str(error.value)
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_weight_of_reflection():
     config = parse_config(SMALL)
     assert (config.train.epochs, config.train.batch_size) == (10, 16)
     assert config.train.learning_rates == (1e-6, 7e-7)
-    assert (config.reflection.weight, config.reflection.margin) == (0.5, 1.0)
+    assert (config.reflection.weight, config.reflection.margin) == (0.1, 1.0)
     assert (config.exam.samples, config.exam.top_k, config.teacher.top_p) == (4, 50, 0.9)
     assert (config.train.rows, config.train.start, config.seed) == (("new",), "previous", 42)
 
