@@ -164,7 +164,7 @@ def test_one_seed_gives_wilsons_interval_and_the_exact_test(runs):
 
 
 def test_an_interval_alone_shows_nothing(runs, tmp_path):
-    little = make_run(tmp_path / "little-seed1", 25, seed=1, reflection={"weight": 0.1})
+    little = make_run(tmp_path / "little-seed1", 25, seed=1, reflection={"weight": 0.2})
     (against,) = compare_runs([runs["one_round-seed1"], little]).facts["against_first"]
     assert against["interval"][0] > 0 and against["p_value"] == pytest.approx(2 / 2**5)
     assert against["verdict"] == "no difference shown"

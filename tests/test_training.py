@@ -33,6 +33,7 @@ CONFIG = parse_config(
             "warmup_steps": 0,
             "checkpoint_every": [100, 60.0],
         },
+        "reflection": {"weight": 0.5},
     }
 )
 STEPS = 9  # three epochs of 24 rows
