@@ -25,10 +25,11 @@ from distill_jax.engine import Engine, Weights
 from distill_jax.exam import take_exam
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.records import Attempt
-from distill_jax.school import exam_prompt, find_base, open_student
+from distill_jax.school import find_base, open_student
 from distill_jax.student import decode
 from distill_jax.student.attention import Route, Stretch, Turned, attend
 from distill_jax.student.sampling import Sampling
+from distill_jax.teaching import exam_prompt
 
 SLOTS, PAGES, HEADS, DIM, TOKENS = 128, 336, 8, 64, 32
 
