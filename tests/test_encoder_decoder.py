@@ -16,7 +16,7 @@ import transformers
 from random_models import make_params, make_rows, whole
 from safetensors.numpy import load_file
 from samples import assert_same_training, make_samples
-from test_rounds import Runs, num_answers, records, stage
+from test_rounds import Runs, lines, num_answers, records, stage
 
 from distill_jax import plain_packing
 from distill_jax.checkpoint import load_params as load_checkpoint
@@ -425,12 +425,7 @@ def test_two_rounds_go_on_where_they_were_killed_and_are_exported(student, tmp_p
         rows = json.loads(stage(folder, round_index, "x").with_name("round.json").read_text())
         assert rows["rows"] > 0 and rows["steps"] > 4
     assert not json.loads((folder / "result.json").read_text())["stop_reason"].startswith("none")
-
-    def half_trained():
-        part = stage(tmp_path / "killed", 1, "metrics.partial")
-        return part.exists() and part.read_bytes().count(b"\n") >= 5
-
-    runs.kill_when("killed", half_trained, *settings)
+    runs.kill_when("killed", lambda: lines(tmp_path / "killed", 1, "metrics") >= 5, *settings)
     again = runs.finish("killed", *settings)
     assert records(again) == records(folder)
     assert num_answers(again) == num_answers(folder)

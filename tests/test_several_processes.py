@@ -18,7 +18,7 @@ import pytest
 import yaml
 from fault_server import Call, FaultServer, Says, chat, choice, error, fault_server
 from safetensors.numpy import load_file
-from test_rounds import SMALL, environment, records, stage
+from test_rounds import SMALL, begun, environment, lines, records
 
 TASK = {"num_train": 15, "num_test": 4, "arithmetic": [[1], 9]}
 LOST_S = 4.0
@@ -127,16 +127,6 @@ def wait_for(seen: Callable[[], bool], processes: Sequence[subprocess.Popen]) ->
 
 def since(call: Call) -> float:
     return time.monotonic() - call.at
-
-
-def lines(folder: Path, round_index: int, name: str) -> int:
-    path = stage(folder, round_index, f"{name}.partial")
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def begun(folder: Path, round_index: int, name: str) -> bool:
-    """Whether a stage has its first rows, or all of them: a short one may end between two looks."""
-    return stage(folder, round_index, name).exists() or lines(folder, round_index, name) > 0
 
 
 def assert_same_records(folder: Path, wanted: Path) -> None:
