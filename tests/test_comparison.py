@@ -85,8 +85,9 @@ def test_a_large_difference_is_shown_and_a_small_one_is_not(findings):
     assert multi["difference"] == pytest.approx((20 + 19) / 2 / 50)
     assert (multi["gained"], multi["lost"]) == (39, 0)
     assert (same["gained"], same["lost"]) == (1, 1)
-    assert multi["p_value"] < multi["p_value_all_rows"] < 0.001
-    assert same["p_value"] == same["p_value_all_rows"] == pytest.approx(1.0)
+    assert multi["p_value"] < multi["p_bootstrap"] < 0.001
+    assert multi["p_value_all_rows"] == 2 * multi["p_bootstrap"]  # of two rows
+    assert (same["p_value"], same["p_value_all_rows"]) == pytest.approx((1.0, 1.0))
     low, high = multi["interval"]
     assert 0 < low < multi["difference"] < high
 

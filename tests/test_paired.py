@@ -82,8 +82,34 @@ def test_a_row_against_itself_shows_nothing():
     rng = np.random.default_rng(13)
     runs = [random_marks(rng, 40, 0.4) for _ in range(3)]
     found = compare_rows(runs, runs)
-    assert (found.mean, found.interval, found.p_value) == (0.0, (0.0, 0.0), 1.0)
+    assert (found.mean, found.interval) == (0.0, (0.0, 0.0))
+    assert found.p_value == found.p_bootstrap == 1.0
     assert (found.num_gained, found.num_lost) == (0, 0)
+
+
+def test_the_bootstraps_p_is_that_of_its_definition():
+    rng = np.random.default_rng(19)
+    before = [random_marks(rng, 60, 0.5) for _ in range(4)]
+    after = [random_marks(rng, 60, share) for share in (0.45, 0.6, 0.65, 0.75)]
+    found = compare_rows(before, after)
+    table = np.array(
+        [
+            [new[q] - old[q] for old, new in zip(before, after, strict=True)]
+            for q in map("q{}".format, range(60))
+        ],
+        dtype=float,
+    )
+    drawn = [
+        table[np.ix_(rng.integers(0, 60, 60), rng.integers(0, 4, 4))].mean() for _ in range(6000)
+    ]
+    assert found.p_bootstrap == pytest.approx(2 * np.mean(np.array(drawn) <= 0), abs=0.03)
+
+
+def test_seeds_that_disagree_make_p_large_whatever_the_questions_say():
+    up, down = ({f"q{i}": right for i in range(200)} for right in (True, False))
+    found = compare_rows([down] * 4 + [up], [up] * 4 + [down])
+    assert found.p_value < 1e-20 and found.p_bootstrap > 0.05
+    assert found.interval[0] <= 0
 
 
 def test_only_questions_that_both_answered_count():

@@ -12,7 +12,7 @@ from distill_jax.analysis.rows_figure import rows_figure
 from distill_jax.records import Split
 from distill_jax.report.figures import letter
 from distill_jax.report.headline import NOT_KNOWN, percent
-from distill_jax.report.published import published_row
+from distill_jax.report.published import published_row, published_words
 from distill_jax.report.tables import Table
 
 ENOUGH_SEEDS = 5
@@ -25,7 +25,8 @@ class Verdict:
 
     Attributes:
       difference: Over questions that both answered, seeds paired.
-      p_value: McNemar's, raised for the number of rows by Holm's procedure.
+      p_value: The larger of McNemar's and the bootstrap's, raised for the number of rows by
+        Holm's procedure: one knows of questions that turned, the other of seeds that differ.
       groups: The difference by kind of question; empty if there is one kind.
     """
 
@@ -35,9 +36,8 @@ class Verdict:
 
     @property
     def shown(self) -> bool:
-        """Whether both the interval and the test speak for a difference."""
-        low, high = self.difference.interval
-        return self.p_value < SIGNIFICANT and (low > 0 or high < 0)
+        """Whether both tests speak for a difference, of all that were looked at together."""
+        return self.p_value < SIGNIFICANT
 
     @property
     def words(self) -> str:
@@ -88,7 +88,7 @@ def judge_rows(rows: Sequence[Row]) -> list[Verdict]:
     """Every row but the first, against the first."""
     pairs = [pair_runs(rows[0], row) for row in rows[1:]]
     differences = [_difference(each) for each in pairs]
-    raised = holm([difference.p_value for difference in differences])
+    raised = holm([max(each.p_value, each.p_bootstrap) for each in differences])
     return [
         Verdict(difference, p_value, _by_group(each))
         for difference, p_value, each in zip(differences, raised, pairs, strict=True)
@@ -130,7 +130,7 @@ def rows_table(rows: Sequence[Row], split: Split) -> Table:
             percent(row.accuracy),
             interval_words(row.interval),
             percent(row.original),
-            NOT_KNOWN if row.paper is None else f"{row.paper:.1f}%",
+            published_words(published_row(row.name), row.config.task.name) or NOT_KNOWN,
             f"{row.steps:,.0f}",
             f"{row.chosen_steps:,.0f}",
             f"{row.requests:,.0f}",
@@ -147,7 +147,7 @@ def rows_table(rows: Sequence[Row], split: Split) -> Table:
         "Means over seeds. Steps, requests and answers are those of all rounds; a request is a "
         "question that the teacher was asked about, or a rationale that it judged. The paper's "
         "number is that of the row whose name a row begins with, on the same task, with another "
-        "student and another teacher."
+        "student and another teacher; its authors copied those with a star from other papers."
     )
     return Table(f"Accuracy on {split}", columns, cells, note)
 
@@ -167,9 +167,9 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     columns = ("row", "seeds paired", *_DIFFERENCE, "p, all rows", "verdict")
     note = (
         "Points of accuracy, on the same questions. The interval is that of the paired bootstrap "
-        "over questions and seeds, p McNemar's exact test with a question's seeds taken together; "
-        "the second p is raised for the number of rows (Holm). A difference is shown where the "
-        "interval leaves out 0 and that p is below 0.05."
+        "over questions and seeds, for this row alone; p is McNemar's exact test with a question's "
+        "seeds taken together. The second p is the larger of this and the bootstrap's, raised for "
+        "the number of rows (Holm): a difference is shown where it is below 0.05."
     )
     return Table("Against row A", columns, cells, note)
 
@@ -322,6 +322,7 @@ def difference_json(difference: Difference) -> dict[str, Any]:
         "gained": difference.num_gained,
         "lost": difference.num_lost,
         "p_value": difference.p_value,
+        "p_bootstrap": difference.p_bootstrap,
         "seeds": difference.num_seeds,
         "questions": difference.num_questions,
     }

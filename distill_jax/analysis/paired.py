@@ -31,6 +31,7 @@ class Difference:
       num_gained: Answers that are right in the second row only, over all seeds.
       num_lost: Answers that are right in the first row only.
       p_value: McNemar's exact two-sided test, see `mcnemar`.
+      p_bootstrap: The bootstrap's two-sided one: it knows of the spread from seed to seed.
       num_seeds: K.
       num_questions: Distinct ones.
     """
@@ -40,6 +41,7 @@ class Difference:
     num_gained: int
     num_lost: int
     p_value: float
+    p_bootstrap: float
     num_seeds: int
     num_questions: int
 
@@ -62,12 +64,14 @@ def compare_rows(before: Sequence[Marks], after: Sequence[Marks]) -> Difference:
     if not all(changes):
         raise ValueError("two runs that are compared have no question in common.")
     values = [value for each in changes for value in each.values()]
+    means = draw_means(changes)
     return Difference(
         mean=float(np.mean([np.mean(list(each.values())) for each in changes])),
-        interval=bootstrap(changes),
+        interval=_interval(means),
         num_gained=values.count(1),
         num_lost=values.count(-1),
         p_value=mcnemar(changes),
+        p_bootstrap=_p_value(means),
         num_seeds=len(changes),
         num_questions=len(set().union(*changes)),
     )
@@ -81,7 +85,26 @@ def accuracy_interval(runs: Sequence[Marks]) -> tuple[float, float]:
 
 
 def bootstrap(runs: Sequence[Mapping[str, int | float]], *, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of the mean over runs of each run's mean over questions.
+    """The 95% percentile interval of the mean over runs of each run's mean, see `draw_means`."""
+    return _interval(draw_means(runs, seed=seed))
+
+
+def _interval(means: Float[Array, " R"]) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _p_value(means: Float[Array, " R"]) -> float:
+    """Twice the share of means on the rarer side of 0: below 0.05 where the interval leaves out 0.
+
+    Never 0: one draw more is counted on either side, since there are only R of them.
+    """
+    rarer = min(np.sum(means <= 0), np.sum(means >= 0))
+    return min(1.0, 2 * float(rarer + 1) / (len(means) + 1))
+
+
+def draw_means(runs: Sequence[Mapping[str, int | float]], *, seed: int = 0) -> Float[Array, " R"]:
+    """Means over runs of each run's mean over questions, with both drawn again R times.
 
     Runs are drawn with replacement, and so are questions: the same ones for all runs where all
     answered the same questions, and for each run its own where a seed also makes the questions.
@@ -89,7 +112,7 @@ def bootstrap(runs: Sequence[Mapping[str, int | float]], *, seed: int = 0) -> tu
 
     Args:
       runs: K runs' values by question.
-      seed: Of the draws. The same values give the same interval.
+      seed: Of the draws. The same values give the same means.
 
     Source:
       Efron and Tibshirani, "An Introduction to the Bootstrap" (1993); drawing both ways is the
@@ -100,17 +123,15 @@ def bootstrap(runs: Sequence[Mapping[str, int | float]], *, seed: int = 0) -> tu
     keys = set(runs[0])
     if all(set(run) == keys for run in runs):
         table = np.array([[run[key] for run in runs] for key in sorted(keys)])
-        means = _draw_means(table, rng)
+        means = _draw_by_run(table, rng)
     else:
         each = [np.array(list(run.values()))[:, None] for run in runs]
-        means = np.concatenate([_draw_means(table, rng) for table in each], axis=1)
+        means = np.concatenate([_draw_by_run(table, rng) for table in each], axis=1)
     drawn = rng.multinomial(len(runs), np.full(len(runs), 1 / len(runs)), size=RESAMPLES)
-    totals = np.sum(means * drawn, axis=1) / len(runs)
-    low, high = np.quantile(totals, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return np.sum(means * drawn, axis=1) / len(runs)
 
 
-def _draw_means(table: Real[Array, "Q K"], rng: np.random.Generator) -> Float[Array, "R K"]:
+def _draw_by_run(table: Real[Array, "Q K"], rng: np.random.Generator) -> Float[Array, "R K"]:
     """Each run's mean over Q questions drawn with replacement, the same ones for all runs.
 
     Questions whose values are alike are drawn together, as many at a time as fall to them.

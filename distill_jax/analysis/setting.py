@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill_jax.analysis.comparison import interval_words, p_words
+from distill_jax.analysis.comparison import Verdict, interval_words, judge_rows, p_words
 from distill_jax.analysis.findings import Findings
-from distill_jax.analysis.paired import Difference, compare_rows
-from distill_jax.analysis.pooled import Row, identity, pair_runs, pool, read_run
+from distill_jax.analysis.pooled import Row, identity, pool, read_run
 from distill_jax.config import Config, ConfigError, knobs
 from distill_jax.report.figures import thin
 from distill_jax.report.files import read_stage, round_folders
@@ -46,12 +45,12 @@ def study_setting(folders: Sequence[Path], key: str = WEIGHT) -> Findings:
     losses = {value: mean_losses(row) for value, row in by_value.items()}
     task = rows[0].config.task.name
     paper = FIGURE_5.get(task, {}) if key == WEIGHT else {}
-    differences = _against_first(list(by_value.values()))
+    verdicts = [None, *judge_rows([*by_value.values()])]  # the first has none
     figures = {"accuracy": accuracy_figure(by_value, key, paper)}
     if any(losses.values()):
         figures["loss"] = loss_figure(losses, key)
     return Findings(
-        tables=[_values_table(by_value, differences, losses, key, paper)],
+        tables=[_values_table(by_value, verdicts, losses, key, paper)],
         facts={
             "setting": key,
             "values": [
@@ -61,10 +60,10 @@ def study_setting(folders: Sequence[Path], key: str = WEIGHT) -> Findings:
                     "accuracy": row.accuracy,
                     "interval": list(row.interval),
                     "lm_loss_at_end": losses[value][-1] if losses[value] else None,
-                    "p_value": difference.p_value if difference else None,
+                    "p_value_all_rows": verdict.p_value if verdict else None,
                     "paper_accuracy": paper[value] / 100 if value in paper else None,
                 }
-                for (value, row), difference in zip(by_value.items(), differences, strict=True)
+                for (value, row), verdict in zip(by_value.items(), verdicts, strict=True)
             ],
         },
         figures=figures,
@@ -76,15 +75,6 @@ def _number(config: Config, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{key} is {value!r} in {config.folder}; only numbers can be drawn.")
     return float(value)
-
-
-def _against_first(rows: Sequence[Row]) -> list[Difference | None]:
-    """Every row's difference from the first, which has none."""
-    found: list[Difference | None] = [None]
-    for row in rows[1:]:
-        before, after = zip(*pair_runs(rows[0], row), strict=True)
-        found.append(compare_rows([run.marks for run in before], [run.marks for run in after]))
-    return found
 
 
 def mean_losses(row: Row) -> list[float]:
@@ -108,7 +98,7 @@ def _read_losses(folder: Path) -> list[float]:
 
 def _values_table(
     rows: Mapping[float, Row],
-    differences: Sequence[Difference | None],
+    verdicts: Sequence[Verdict | None],
     losses: Mapping[float, Sequence[float]],
     key: str,
     paper: Mapping[float, float],
@@ -119,20 +109,21 @@ def _values_table(
             str(len(row.runs)),
             percent(row.accuracy),
             interval_words(row.interval),
-            f"{100 * difference.mean:+.1f}" if difference else NOT_KNOWN,
-            p_words(difference.p_value) if difference else NOT_KNOWN,
+            f"{100 * verdict.difference.mean:+.1f}" if verdict else NOT_KNOWN,
+            interval_words(verdict.difference.interval) if verdict else NOT_KNOWN,
+            p_words(verdict.p_value) if verdict else NOT_KNOWN,
             f"{losses[value][-1]:.4f}" if losses[value] else NOT_KNOWN,
             f"{paper[value]:.1f}%" if value in paper else NOT_KNOWN,
         )
-        for (value, row), difference in zip(rows.items(), differences, strict=True)
+        for (value, row), verdict in zip(rows.items(), verdicts, strict=True)
     )
     columns = (
-        *(key, "seeds", "accuracy", "95% interval", "from the first", "p"),
-        *("LM loss at the end", "paper"),
+        *(key, "seeds", "accuracy", "95% interval", "from the first", "its 95% interval"),
+        *("p, all rows", "LM loss at the end", "paper"),
     )
     note = (
-        "Test accuracy, the mean over seeds; p is McNemar's exact test against the first row. The "
-        f"loss is the mean of the last {WINDOW} steps."
+        "Test accuracy, the mean over seeds, and each row against the first as `compare` judges "
+        f"them. The loss is the mean of the last {WINDOW} steps."
     )
     return Table(f"Accuracy by {key}", columns, cells, note)
 
