@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from distill_jax.config import ConfigError
 from distill_jax.config_file import to_yaml
 from distill_jax.report.published import FIGURE_5, TABLE_3, TABLE_5
 from distill_jax.report.style import write_figure
-from distill_jax.run_folder import read_rows, write_rows
+from distill_jax.run_folder import read_rows, write_json, write_rows
 
 WITH_FEEDBACK = {"teacher": {"feedback": True}}
 WITHOUT = {"teacher": {"feedback": False}}
@@ -116,6 +117,9 @@ def test_rounds_of_seeds_are_pooled_and_drawn(shown, tmp_path):
     (row,) = found.facts["rows"]
     assert row["rounds"][1]["dev_by_seed"] == [1.0, DEV_RIGHT[1] / 40]  # seed 1, then 42
     assert row["rounds"][1]["dev_accuracy"] == pytest.approx((1 + DEV_RIGHT[1] / 40) / 2)
+    assert row["rounds"][2]["gain"] == pytest.approx(
+        ((DEV_RIGHT[2] / 40 - 1) + (DEV_RIGHT[2] - DEV_RIGHT[1]) / 40) / 2
+    )
     axes = found.figures["rounds"].axes
     (line,) = axes[1].lines
     assert np.asarray(line.get_xydata()).tolist() == [
@@ -124,6 +128,19 @@ def test_rounds_of_seeds_are_pooled_and_drawn(shown, tmp_path):
     paths = write_findings(found, tmp_path, "rounds")
     words = texts(next(path for path in paths if path.suffix == ".svg"))
     assert {"dev accuracy, %", "training error, %", "after round", "A"} <= set(words)
+
+
+def test_a_gain_is_that_of_the_seeds_that_played_both_rounds(shown, tmp_path):
+    short = make_run(tmp_path / "short", seed=1, **WITH_FEEDBACK)
+    for index in (2, 3):
+        shutil.rmtree(short / f"round_{index:02d}")
+    shutil.copy(short / "round_00" / "test.jsonl", short / "round_01" / "test.jsonl")
+    result = json.loads((short / "result.json").read_text())
+    write_json(short / "result.json", result | {"chosen_round": 1, "rounds": 1})
+    (row,) = study_rounds([shown, short]).facts["rows"]
+    assert [entry["runs"] for entry in row["rounds"]] == [2, 2, 1, 1]
+    gains = [None, *((DEV_RIGHT[r] - DEV_RIGHT[r - 1]) / 40 for r in (1, 2, 3))]
+    assert [entry["gain"] for entry in row["rounds"]] == pytest.approx(gains)
 
 
 def test_the_papers_rounds_stand_beside_ours(tmp_path):

@@ -28,6 +28,7 @@ class RoundMeans:
       rows: Rationales trained on.
       error_rate: On the training questions, of the student that the round left.
       dev: Dev accuracy of that student, of each seed.
+      gain: Of dev accuracy in the round, of the seeds that have both.
       test: Its test accuracy, of the seeds whose result it is, and of round 0.
       steps: Updates.
     """
@@ -37,6 +38,7 @@ class RoundMeans:
     rows: float | None
     error_rate: float | None
     dev: tuple[float, ...]
+    gain: float | None
     test: tuple[float, ...]
     steps: float | None
 
@@ -88,11 +90,21 @@ def _means(summaries: Sequence[Summary], index: int) -> RoundMeans:
         rows=_mean([entry.rows for entry in rounds]),
         error_rate=_mean([entry.train_error_rate for after in following for entry in after]),
         dev=tuple(entry.dev_accuracy for entry in rounds if entry.dev_accuracy is not None),
+        gain=_mean([_gain(summary, index) for summary in played]),
         test=tuple(
             summary.test[index].marks.accuracy for summary in played if index in summary.test
         ),
         steps=_mean([entry.steps for entry in rounds]),
     )
+
+
+def _gain(summary: Summary, index: int) -> float | None:
+    """What one run's dev accuracy gained in a round."""
+    pair = [entry.dev_accuracy for entry in summary.rounds[max(0, index - 1) : index + 1]]
+    match pair:
+        case [float(before), float(after)]:
+            return after - before
+    return None
 
 
 def _mean(values: Sequence[float | int | None]) -> float | None:
@@ -102,9 +114,8 @@ def _mean(values: Sequence[float | int | None]) -> float | None:
 
 def _course_table(name: str, course: Sequence[RoundMeans], task: str) -> Table:
     paper = TABLE_5.get(task, ())
-    rows, before = [], None
+    rows = []
     for entry in course:
-        dev = _mean(entry.dev)
         told = paper[entry.round_index] if entry.round_index < len(paper) else None
         rows.append(
             (
@@ -112,8 +123,8 @@ def _course_table(name: str, course: Sequence[RoundMeans], task: str) -> Table:
                 str(entry.num_runs),
                 _count(entry.rows),
                 percent(entry.error_rate),
-                percent(dev),
-                NOT_KNOWN if dev is None or before is None else f"{100 * (dev - before):+.1f}",
+                percent(_mean(entry.dev)),
+                NOT_KNOWN if entry.gain is None else f"{100 * entry.gain:+.1f}",
                 percent(_mean(entry.test)),
                 _count(entry.steps),
                 *(
@@ -127,12 +138,12 @@ def _course_table(name: str, course: Sequence[RoundMeans], task: str) -> Table:
                 ),
             )
         )
-        before = dev
     columns = ("round", "runs", "rows", "train error after", "dev", "gain", "test", "steps")
     columns += ("paper: rows", "paper: train error", "paper: test gain") if paper else ()
     note = (
-        "Means over seeds. The training error is that of the exam which opens the next round; test "
-        "is sat by the untrained student and the result only."
+        "Means over the seeds that played the round; the gain is from their own rounds before it. "
+        "The training error is that of the exam which opens the next round; test is sat by the "
+        "untrained student and the result only."
     )
     return Table(name, columns, tuple(rows), note)
 
@@ -148,6 +159,7 @@ def _means_json(entry: RoundMeans) -> dict[str, Any]:
         "rows": entry.rows,
         "train_error_rate": entry.error_rate,
         "dev_accuracy": _mean(entry.dev),
+        "gain": entry.gain,
         "dev_by_seed": list(entry.dev),
         "test_accuracy": _mean(entry.test),
         "steps": entry.steps,
