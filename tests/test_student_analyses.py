@@ -330,6 +330,9 @@ def test_paths_are_those_of_questions_that_have_both(mixed):
     }
     assert set(taught.questions) == kept
     rows = read_rows(mixed / "round_01" / "exam.jsonl")
+    write_rows(mixed / "round_01" / "exam.jsonl", [r for r in rows if r["sample_index"] == 0])
+    greedy = gather_paths(mixed, right="teacher", limit=1000)
+    assert {attempt.sample_index for attempt in greedy.wrong} == {0}
     write_rows(mixed / "round_01" / "exam.jsonl", [row | {"correct": True} for row in rows])
     with pytest.raises(ValueError, match="no training question with right and wrong"):
         gather_paths(mixed, right="teacher", limit=9)

@@ -65,8 +65,9 @@ class Scores(NamedTuple):
 def gather_paths(folder: Path, *, right: Writer, limit: int) -> Paths:
     """The texts of a run's training questions.
 
-    Wrong ones are the student's samples in the last exam on them. Right ones are what was kept of
-    the teacher's answers in all rounds, or the right samples and greedy answers of that exam.
+    Wrong ones are the student's samples in the last exam on them, or its greedy answers if no
+    sample is wrong. Right ones are what was kept of the teacher's answers in all rounds, or
+    the right samples and greedy answers of that exam.
 
     Args:
       folder: The run.
@@ -81,13 +82,14 @@ def gather_paths(folder: Path, *, right: Writer, limit: int) -> Paths:
     exam = [*finished_rows(exams[-1], "exam", Attempt)] if exams else []
     kept = _taught(rounds.values()) if right == "teacher" else _own(exam)
     found = {row.id: row for row in read_records(folder / "questions.jsonl", Question)}
-    wrong = _most([a for a in exam if a.sample_index and not a.correct and a.text.strip()])
+    mistakes = [attempt for attempt in exam if not attempt.correct and attempt.text.strip()]
+    wrong = _most([attempt for attempt in mistakes if attempt.sample_index] or mistakes)
     both = {row.question_id for row in kept} & {attempt.question_id for attempt in wrong}
     chosen = evenly([name for name in found if name in both], limit)
     if not chosen:
         raise ValueError(
-            f"{folder} has no training question with right and wrong texts; exam.samples must be "
-            "1 or more."
+            f"{folder} has no training question with right and wrong texts; with exam.samples of 1 "
+            "or more the student writes several of each."
         )
     return Paths(
         {name: found[name] for name in chosen},
