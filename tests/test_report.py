@@ -1,5 +1,6 @@
 """The report of a run whose every count is known beforehand, at every moment of its life."""
 
+import dataclasses
 import io
 import json
 import math
@@ -25,7 +26,7 @@ from distill_jax.config_file import to_yaml
 from distill_jax.records import Attempt, Question
 from distill_jax.report.cases import CASES_PER_ROUND
 from distill_jax.report.figures import thin
-from distill_jax.report.headline import CAUTION
+from distill_jax.report.headline import CAUTION, headline
 from distill_jax.report.marks import Change, compare, mark, wilson
 from distill_jax.report.page import make_page, write_page
 from distill_jax.report.settings import beyond_paper
@@ -305,10 +306,26 @@ def test_the_terminal_gets_words_only(run):
     assert "3 steps <b>" in out.getvalue() and "too long <b>" in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("model", "rounds", "who", "why"),
+    [
+        ("teacher", 0, "The teacher is", "questions."),
+        ("scratch", 0, "The untrained student is", "questions."),
+        ("scratch", 3, "The untrained student is", "questions: no round did better on dev."),
+    ],
+)
+def test_a_result_without_rounds_says_whose_it_is(run, tmp_path, model, rounds, who, why):
+    summary = summarise(run)
+    config = sample_config(tmp_path, student={"model": model}, rounds={"max": rounds})
+    untrained = dataclasses.replace(summary, config=config, test={0: summary.test[0]})
+    assert headline(untrained).startswith(who) and headline(untrained).endswith(why)
+
+
 def test_settings_beyond_the_paper(tmp_path):
     teacher = {"url": "https://me:secret@teacher.example/v1?key=k", "price_usd": [0.0, 0.0]}
     config = sample_config(tmp_path, teacher=teacher, train={"rows": ["new", "old"]})
     settings = {name: (old, new) for name, old, new in beyond_paper(config)}
+    assert settings["reflection.weight"] == ("0.5", "0.1")
     assert settings["train.rows"] == ("new", "new, old")
     assert settings["teacher.url"] == ("tutor", "https://teacher.example/v1")
     assert "folder" not in settings and "seed" not in settings

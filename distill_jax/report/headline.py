@@ -1,6 +1,6 @@
 """What a run came to, in sentences that claim no more than was measured."""
 
-from distill_jax.config import is_free
+from distill_jax.config import TEACHER, is_free
 from distill_jax.progress import one_line
 from distill_jax.report.marks import Change, Marks
 from distill_jax.report.summary import Summary
@@ -40,9 +40,12 @@ def headline(summary: Summary) -> str:
             f"after round {last_round}{_change(summary.test_change)}."
         )
     if exams:
+        marks = exams[0][1].marks
+        who = "teacher" if summary.config.student.model == TEACHER else "untrained student"
+        why = ": no round did better on dev" if summary.config.rounds.max else ""
         return (
-            f"The untrained student is the result, with {_with_interval(exams[0][1].marks)} on "
-            f"{exams[0][1].marks.num_questions:,} test questions: no round did better on dev."
+            f"The {who} is the result, with {_with_interval(marks)} on {marks.num_questions:,} "
+            f"test questions{why}."
         )
     return _headline_without_test(summary)
 

@@ -8,16 +8,24 @@ from urllib.parse import urlsplit
 from distill_jax.config import Config, StudentConfig, TaskConfig, knobs
 
 NO_DEFAULT = ("folder", "task.name", "student.model")
+_PAPER: Mapping[str, Any] = {"reflection.weight": 0.5, "task.dev_fraction": 0.0}
+"""The paper's values of the knobs whose defaults are others."""
 
 
 def beyond_paper(config: Config) -> list[tuple[str, str, str]]:
-    """Knobs that differ from their defaults, which are the paper's: name, default, this run's.
+    """Knobs that differ from the paper's setting: name, the paper's value, this run's.
+
+    Where the paper has no such thing its value is the default.
 
     Example:
       >>> from distill_jax.config import parse_config
       >>> task, student = {"name": "svamp"}, {"model": "gpt2"}
-      >>> beyond_paper(parse_config({"folder": "a", "task": task, "student": student, "seed": 1}))
-      [('seed', '42', '1')]
+      >>> config = parse_config({"folder": "a", "task": task, "student": student, "seed": 1})
+      >>> for row in beyond_paper(config):
+      ...     print(*row)
+      seed 42 1
+      task.dev_fraction 0.0 0.1
+      reflection.weight 0.5 0.1
     """
     # Built unchecked: the defaults need not make a run that works for this task.
     defaults = Config.model_construct(
@@ -25,7 +33,9 @@ def beyond_paper(config: Config) -> list[tuple[str, str, str]]:
         task=TaskConfig(name=config.task.name),
         student=StudentConfig(model=config.student.model),
     )
-    values = ((name, _get(defaults, name), _get(config, name)) for name in knobs())
+    values = (
+        (name, _PAPER.get(name, _get(defaults, name)), _get(config, name)) for name in knobs()
+    )
     return [(name, _show(old), _show(new)) for name, old, new in values if old != new]
 
 
