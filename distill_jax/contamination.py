@@ -14,7 +14,9 @@ from distill_jax.records import Question
 Reason = Literal["same", "overlapping"]
 
 GRAM = 8
-"""Words in a row that are looked for together."""
+"""Words in a row that are looked for together; a shorter question is looked for as a whole."""
+SHORT = 4
+"""Questions of fewer words are found only where they are the whole text: sums hold many of them."""
 SHARE = 0.7
 """Of a text's grams, so many in one test question make it that question in other words."""
 
@@ -43,21 +45,28 @@ class ExamTexts:
     def __init__(self, questions: Iterable[Question]):
         words = [_words(question.text) for question in questions]
         self._hashes = set(map(_hash, words))
-        self._sizes = [len(_grams(text)) for text in words]
+        grams = [_grams(text, min(len(text), GRAM)) if len(text) >= SHORT else () for text in words]
+        self._sizes = [*map(len, grams)]
         self._places: dict[tuple[str, ...], list[int]] = {}
-        for index, text in enumerate(words):
-            for gram in _grams(text):
+        for index, mine in enumerate(grams):
+            for gram in mine:
                 self._places.setdefault(gram, []).append(index)
+        self._lengths = {len(gram) for gram in self._places}
 
     def find(self, text: str) -> Reason | None:
         """Whether a text is a test question or holds most of one."""
         words = _words(text)
         if _hash(words) in self._hashes:
             return "same"
-        grams = _grams(words)
-        shared = Counter(index for gram in grams for index in self._places.get(gram, ()))
+        number = len(_grams(words, GRAM))
+        shared = Counter(
+            index
+            for length in self._lengths
+            for gram in _grams(words, length)
+            for index in self._places.get(gram, ())
+        )
         enough = (
-            count >= SHARE * min(len(grams), self._sizes[index]) for index, count in shared.items()
+            count >= SHARE * min(number, self._sizes[index]) for index, count in shared.items()
         )
         return "overlapping" if any(enough) else None
 
@@ -85,5 +94,5 @@ def _hash(words: Sequence[str]) -> bytes:
     return hashlib.sha256(" ".join(words).encode(errors="replace")).digest()
 
 
-def _grams(words: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+def _grams(words: Sequence[str], length: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}

@@ -47,6 +47,15 @@ def test_the_share_of_grams_decides(text: str, found: str | None):
     assert ExamTexts([TEST]).find(text) == found
 
 
+def test_a_short_question_is_found_as_a_whole():
+    texts = ExamTexts([dataclasses.replace(TEST, text=" ".join(WORDS[:6])), TEST])
+    assert texts.find(" ".join(["so", *WORDS[:6], "x"])) == "overlapping"
+    assert texts.find(" ".join([*WORDS[:5], "x", *WORDS[5:8]])) is None
+    assert texts.find(" ".join(WORDS[:6])) == "same"
+    sums = ExamTexts([dataclasses.replace(TEST, text="2 + 3 = ?")])
+    assert sums.find("First 2 + 3 = 5.") is None and sums.find("2+3=") == "same"
+
+
 def test_grams_of_different_questions_do_not_add_up():
     halves = [dataclasses.replace(TEST, text=" ".join(part)) for part in (WORDS[:10], WORDS[3:])]
     other = [*WORDS[:9], "x", *WORDS[4:13], *["y"] * 30]

@@ -39,7 +39,7 @@ def prepare(
 
     Returns:
       Questions by split: `train`, `test`, and `left_out` for test rows that are also
-      demonstrations of the prompt (one in strategyqa); those are in no exam.
+      demonstrations of the prompt (two in strategyqa); those are in no exam.
 
     Raises:
       QuestionsError: no such set; a file is missing, has the wrong checksum or unreadable rows; no

@@ -56,8 +56,11 @@ def _configs() -> Iterator[SetConfig]:
 class PublishedQuestions(tfds.core.GeneratorBasedBuilder):
     """GSM8K, MultiArith, SVAMP, CSQA and StrategyQA; an example is a `Question`."""
 
-    VERSION = tfds.core.Version("1.0.0")  # raise it when a raw row becomes a different question
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
+    VERSION = tfds.core.Version("1.1.0")  # raise it when a raw row becomes a different question
+    RELEASE_NOTES: ClassVar = {
+        "1.0.0": "First version.",
+        "1.1.0": "strategyqa/550, which the teacher is shown, is no test question.",
+    }
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"The raw files; `{PREPARE}` finds or downloads them."
     BUILDER_CONFIGS: ClassVar = list(_configs())
 
