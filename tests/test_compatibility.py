@@ -13,7 +13,10 @@ from fault_server import Behaviour, Call, Says, chat, choice, fault_server, good
 from paid_lesson import QUICK
 
 from distill_jax.records import Lesson, Question
+from distill_jax.teacher.account import Account, Ask
+from distill_jax.teacher.audit import verify
 from distill_jax.teacher.client import TeacherClient
+from distill_jax.teacher.dialect import Dialect
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.lesson import ask_teacher
 from distill_jax.teacher.reply import CredentialsRefused, QuotaExhausted, RequestRefused
@@ -63,6 +66,33 @@ def test_06_a_refusal_that_can_not_be_helped_is_no_loop(tmp_path: Path, problem:
     out = Outcome(tmp_path, lambda _: Says(400, body), [f"p{i}" for i in range(9)], concurrency=1)
     assert isinstance(out.raised, RequestRefused)
     assert len(out.server.calls) <= 5  # one more for each part that can be left out
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "top_p"])
+def test_06_answers_are_found_whatever_is_refused_later(tmp_path: Path, name: str):
+    def behave(call: Call) -> Says:
+        return good(call) if call.number < 3 else refuses(name)(call)
+
+    prompts = [f"p{i}" for i in range(6)]
+    out = Outcome(tmp_path, behave, prompts, concurrency=1, url="tutor")
+    assert out.texts == [[f"answer 0 to {p}", f"answer 1 to {p}"] for p in prompts]
+    assert Counter(out.server.prompts) == dict.fromkeys(prompts, 1) | {"p3": 2}
+    again = out.again(good, prompts, url="tutor")
+    assert again.server.calls == [] and again.texts == out.texts
+    assert verify(out.path) == []
+
+
+def test_06_answers_under_the_key_of_what_was_sent_are_found(tmp_path: Path):
+    with Ledger(tmp_path / "l") as ledger:
+        account = Account(config(), ledger, url="http://x/v1", free=True)
+        account.speak(ledger, Dialect("max_completion_tokens"))
+        request = account.request(Ask("p", (0,)))
+        sent = {**request.identity, "body": request.body}  # an earlier version made its key of it
+        intent = ledger.reserve(sent, (0,), usd=0.0, limit_usd=None)
+        assert intent is not None
+        ledger.store(intent, json.dumps({"choices": [choice("4")]}), attempts=1, latency_s=0.1)
+        assert [c.text for c in account.answers(ledger, request).values()] == ["4"]
+    assert verify(tmp_path / "l") == []
 
 
 def embedded(code: str | int) -> Says:

@@ -35,6 +35,7 @@ ROWS = {
     ],
     "06 a parameter that the model refuses": [
         "test_compatibility.test_06_what_a_model_refuses_is_found_out_once_and_remembered",
+        "test_compatibility.test_06_answers_are_found_whatever_is_refused_later",
         "test_compatibility.test_06_a_refusal_that_can_not_be_helped_is_no_loop",
         "test_dialect.test_refusals",
     ],

@@ -1,5 +1,6 @@
 """What is asked of one endpoint, what it may cost, and what the ledger holds of it."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ class Request:
     """A prompt made ready to be sent.
 
     Attributes:
-      identity: All that decides the answer; the ledger's key is made from it.
-      key: That key.
+      identity: All that decides the answer, with the body as `Dialect()` has it: what is learned
+        of a server in the course of a run must not hide the answers that came before.
+      key: Of the ledger, made from `identity`.
+      body: What is sent, without the number of samples.
       slots: The samples that are wanted.
       max_tokens: Of each.
       prompt_bytes: UTF-8 bytes of the prompt; a token stands for at least one.
@@ -90,14 +93,17 @@ class Request:
 
     identity: Mapping[str, Any]
     key: str
+    body: Mapping[str, Any]
     slots: tuple[int, ...]
     max_tokens: int
     prompt_bytes: int
 
     @property
-    def body(self) -> Mapping[str, Any]:
-        """What is sent, without the number of samples."""
-        return self.identity["body"]
+    def keys(self) -> list[str]:
+        """Where answers may stand: ledgers of old have them under a key made from what was sent."""
+        if self.body == self.identity["body"]:
+            return [self.key]
+        return [self.key, request_key({**self.identity, "body": self.body})]
 
     def likely_tokens(self, num_samples: int) -> int:
         """Tokens of prompt and answers together, guessed high."""
@@ -142,16 +148,18 @@ class Account:
         """The request that asks for completions of a prompt, in the dialect known so far."""
         config = self._config
         max_tokens = config.max_tokens * (2 if ask.longer else 1)
+        plain = Dialect().body(
+            config, ask.prompt, max_tokens=max_tokens, alternatives=ask.alternatives
+        )
         identity = {
             "endpoint": self.endpoint,
             "api": "chat.completions",
             "prompt_version": PROMPT_VERSION,
-            "body": self.dialect.body(
-                config, ask.prompt, max_tokens=max_tokens, alternatives=ask.alternatives
-            ),
+            "body": plain,
         }
         key, size = request_key(identity), len(ask.prompt.encode())
-        return Request(identity, key, ask.slots, max_tokens, size)
+        body = self.dialect.translate(plain)
+        return Request(identity, key, body, ask.slots, max_tokens, size)
 
     def learn(
         self, ledger: Ledger, sent: Mapping[str, Any], *, num_samples: int, error: Any
@@ -212,7 +220,7 @@ class Account:
     def answers(self, ledger: Ledger, request: Request) -> dict[int, Completion]:
         """What the ledger holds for a request, by slot; books what a killed process left unread."""
         found: dict[int, Completion] = {}
-        for stored in ledger.answers(request.key):
+        for stored in itertools.chain.from_iterable(map(ledger.answers, request.keys)):
             if not stored.settled:
                 reply = self.settle(ledger, stored, max_tokens=request.max_tokens)
                 if reply.problem:

@@ -221,8 +221,9 @@ class Batching:
 
     async def _book(self, batch: Batch, lines: Sequence[str]) -> list[Fault | TeacherError | None]:
         """Books what came back, in any order; returns how each request ended."""
+        spoken = self._desk.account.dialect  # since the batch was handed in
         sent = {
-            str(intent): (intent, slots, json.loads(request)["body"])
+            str(intent): (intent, slots, spoken.translate(json.loads(request)["body"]))
             for intent, slots, request in batch_book.open_intents(self._desk.ledger, batch)
         }
         ends, strange = [], 0

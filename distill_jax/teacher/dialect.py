@@ -52,15 +52,28 @@ class Dialect:
           >>> new.body(TeacherConfig(model="m"), "2 + 3?", max_tokens=99)["max_completion_tokens"]
           99
         """
-        sampling = {"temperature": config.temperature, "top_p": config.top_p}
         likelihoods = {"logprobs": True, "top_logprobs": alternatives}
-        return {
+        plain = {
             "model": config.model,
             "messages": [{"role": "user", "content": prompt}],
-            **{name: value for name, value in sampling.items() if name not in self.unsent},
-            **(likelihoods if alternatives and "logprobs" not in self.unsent else {}),
-            self.limit_name: max_tokens,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            **(likelihoods if alternatives else {}),
+            "max_tokens": max_tokens,
         }
+        return self.translate(plain)
+
+    def translate(self, plain: Mapping[str, Any]) -> dict[str, Any]:
+        """A body in the words of `Dialect()`, in the words of this one.
+
+        Example:
+          >>> new = Dialect("max_completion_tokens", unsent=("top_p",))
+          >>> new.translate({"top_p": 0.9, "max_tokens": 99})
+          {'max_completion_tokens': 99}
+        """
+        unsent = {*self.unsent, *(_LIKELIHOODS if "logprobs" in self.unsent else ())}
+        names = {"max_tokens": self.limit_name}
+        return {names.get(name, name): plain[name] for name in plain if name not in unsent}
 
     def to_json(self) -> str:
         """As text, for the ledger."""
