@@ -153,6 +153,20 @@ def test_33_what_finished_is_kept_and_the_rest_handed_in_again(
     assert totals.spent_usd == pytest.approx(cost)
 
 
+def expired_line_by_line(number: int, rows: list[Row]) -> Ends:
+    lost = {"code": "batch_expired", "message": "too late"}
+    lines = [{"custom_id": row["custom_id"], "response": None, "error": lost} for row in rows]
+    return Ends("expired", errors=tuple(lines))
+
+
+@pytest.mark.parametrize("behave", [expired_line_by_line, lambda *_: Ends("failed")])
+def test_batches_that_come_to_nothing_never_give_a_prompt_up(tmp_path: Path, behave: Behaviour):
+    for _ in range(QUICK.attempts):  # in each process three
+        got, _ = run(tmp_path / "l", behave, number=1)
+        assert isinstance(got, TeacherUnavailable)
+    assert run(tmp_path / "l", all_good, number=1)[0] == texts(1)
+
+
 def test_batches_that_bring_nothing_end_the_run(tmp_path: Path):
     got, state = run(tmp_path / "l", lambda *_: Ends("expired"), **PRICED)
     assert isinstance(got, TeacherUnavailable) and "3 batches in a row" in str(got)

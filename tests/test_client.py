@@ -220,6 +220,14 @@ def test_a_prompt_that_fails_in_one_process_after_the_other_is_given_up(tmp_path
     assert last.server.calls == [] and last.answers == out.answers
 
 
+def test_what_says_nothing_of_a_prompt_never_gives_it_up(tmp_path):
+    busy = [error(429, retry_after_ms="1")] * (3 * QUICK.attempts)
+    out = Outcome(tmp_path, first_then_good(*busy, error(401)), ["p"], url="tutor")
+    assert isinstance(out.raised, CredentialsRefused)
+    again = out.again(good, ["p"], url="tutor")
+    assert again.texts == [["answer 0 to p", "answer 1 to p"]]
+
+
 def test_an_unreachable_server_ends_the_run_and_costs_nothing(tmp_path):
     with Ledger(tmp_path / "l") as ledger:
         client = TeacherClient(

@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 _LONGEST_DETAIL = 500  # characters of what a server said that are shown
 _CHAT_OVERHEAD = 64  # tokens that a chat template may add to a prompt
 _BYTES_PER_TOKEN = 3  # few, so that the guess is high; the worst case is 1
+_OF_A_PROMPT = (  # failures that it may cause; a server that is busy or a key says nothing of it
+    *("server error", "connection", "timeout", "bad answer", "refused prompt"),
+    "missing from its batch",
+)
 _PROCESSES = 3  # how often the attempts of `Patience` are granted to a prompt in all
 
 
@@ -238,7 +242,7 @@ class Account:
 
     def hopeless(self, ledger: Ledger, request: Request, patience: Patience) -> bool:
         """Whether a request has failed in a way, or so often, that it is not asked again."""
-        number, final = ledger.num_failures(request.key)
+        number, final = ledger.num_failures(request.key, _OF_A_PROMPT)
         return final or number >= _PROCESSES * patience.attempts
 
     def settle(self, ledger: Ledger, stored: Stored, *, max_tokens: int) -> Reply:

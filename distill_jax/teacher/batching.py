@@ -42,6 +42,7 @@ _URL = "/v1/chat/completions"
 _LABEL = "distill_jax"  # the name of our label in a batch's metadata
 _MOST_LINES, _MOST_BYTES = 50_000, 100 << 20  # of one batch; what most providers take
 _OVER = ("completed", "failed", "expired", "cancelled")
+_NOT_ASKED = ("batch_expired", "batch_cancelled")  # why a line has no answer
 
 
 class Batching:
@@ -259,7 +260,9 @@ class Batching:
         if status:
             end = diagnose_status(status, error, {}, json.dumps(error))
         else:
-            end = Fault("server error", json.dumps(error), billed=False)
+            not_asked = isinstance(error, dict) and error.get("code") in _NOT_ASKED
+            kind = "not asked" if not_asked else "server error"
+            end = Fault(kind, json.dumps(error), billed=False)
         await desk.clerk.write(lambda ledger: account.fail(ledger, intent, end))
         if isinstance(end, RequestRefused | CredentialsRefused):
             learned = await desk.clerk.write(

@@ -327,10 +327,12 @@ class Ledger:
                 )
         return found
 
-    def num_failures(self, key: str) -> tuple[int, bool]:
-        """How often a request failed, and whether it need not be asked again."""
+    def num_failures(self, key: str, kinds: Sequence[str]) -> tuple[int, bool]:
+        """How often a request failed in these ways, and whether it need not be asked again."""
         number, final = self.database.execute(
-            "SELECT count(*), coalesce(max(final), 0) FROM failures WHERE key = ?", (key,)
+            "SELECT count(*) FILTER (WHERE kind IN (SELECT value FROM json_each(?))), "
+            "coalesce(max(final), 0) FROM failures WHERE key = ?",
+            (json.dumps(kinds), key),
         ).fetchone()
         return number, bool(final)
 

@@ -16,7 +16,13 @@ import openai
 from distill_jax.records import Completion, FinishReason, Piece
 
 FaultKind = Literal[
-    "rate limit", "server error", "connection", "timeout", "bad answer", "refused prompt"
+    "rate limit",
+    "server error",
+    "connection",
+    "timeout",
+    "bad answer",
+    "refused prompt",
+    "not asked",  # its batch was over before
 ]
 
 _CUT = {"length", "max_tokens"}
