@@ -295,12 +295,25 @@ def test_spending_is_booked_as_it_is(tmp_path):
     assert [completion.num_tokens for completion in out.answers[0]] == [13, 13]
 
 
+def test_tokens_that_only_the_total_counts_are_paid_and_an_overrun_is_said_once(tmp_path, caplog):
+    def behave(call: Call) -> Says:
+        usage = {"prompt_tokens": 50, "completion_tokens": 20, "total_tokens": 50 + 20 + 900}
+        return Says(body=chat(call, usage=usage))
+
+    out = Outcome(tmp_path, behave, ["a", "b"], price_usd=CENT_PER_THOUSAND, budget_usd=1.0)
+    assert out.totals.spent_usd == pytest.approx(2 * (50 + 20 + 900) * 10 / 1e6)
+    assert {(c.num_tokens, c.finish_reason) for row in out.answers for c in row} == {(10, "stop")}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "0.006490 US dollars more" in warning  # than (1 + 64 + 2 * 128) tokens cost
+
+
 @pytest.mark.parametrize(
     ("fault", "billed"),
     [
         (error(500), False),
+        (error(503), False),
         (error(429), False),
-        (error(504), True),
+        *((error(status), True) for status in (502, 504, 520, 522, 524)),
         (Says(body="x" * 50, reset_after=9), True),
         (Says(body="<html>"), True),
     ],

@@ -118,6 +118,7 @@ class Ledger:
             )
         self.database.text_factory = LENIENT_TEXT
         self._reported: set[int] = set()
+        self._overrun = False
         try:
             with translated(path):
                 self.database.execute("PRAGMA journal_mode = WAL")
@@ -182,8 +183,9 @@ class Ledger:
     ) -> int | None:
         """Writes down that a request is about to be sent, if the budget allows it.
 
-        The check and the reservation are one transaction, so that `spent_usd` never passes the
-        limit, whatever runs at the same time.
+        The check and the reservation are one transaction, so that reservations never pass the
+        limit, whatever runs at the same time. An answer that costs more than was reserved for it,
+        of which is warned, can.
 
         Args:
           request, slots: As for `request_key`, and the samples it asks for.
@@ -290,17 +292,27 @@ class Ledger:
             self.database.execute("UPDATE failures SET final = 1 WHERE key = ?", (key,))
 
     def _book(self, intent: int, usd: float | None) -> None:
-        """Closes an intent; the total loses what was reserved beyond the cost."""
+        """Closes an intent; the total loses what was reserved beyond the cost.
+
+        Warns once when it is the other way round: the budget was checked against the reservation.
+        """
         spent = None if usd is None else math.ceil(usd * NANO)
         closed = self.database.execute(
             "UPDATE intents SET spent = coalesce(?, reserved) WHERE id = ? AND spent IS NULL",
             (spent, intent),
         )
         assert closed.rowcount == 1, f"intent {intent} is unknown or already closed"
-        self.database.execute(
-            "UPDATE total SET spent = spent + (SELECT spent - reserved FROM intents WHERE id = ?)",
-            (intent,),
-        )
+        (beyond,) = self.database.execute(
+            "SELECT spent - reserved FROM intents WHERE id = ?", (intent,)
+        ).fetchone()
+        self.database.execute("UPDATE total SET spent = spent + ?", (beyond,))
+        if beyond > 0 and not self._overrun:
+            self._overrun = True
+            log.warning(
+                "a request cost %.6f US dollars more than its tokens at most should: what is "
+                "spent can pass teacher.budget_usd.",
+                beyond / NANO,
+            )
 
     def answers(self, key: str) -> list[Stored]:
         """The raw answers to a request, in the order they were asked.

@@ -44,6 +44,7 @@ _STATUS_OF = {  # what an error inside a body that came with status 200 would ha
 _THIS_PROMPT_ONLY = {"context_length_exceeded", "content_filter", "content_policy_violation"}
 _REASONING = ("reasoning_content", "reasoning")
 _DIGITS = 6  # of a probability that are kept
+_WORKED_ON = {502, 504, 520, 522, 524}  # a gateway gave up: the work may be done all the same
 _NEVER_REACHED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}  # of the HTTP library below
 _SECONDS_PER_YEAR = 365 * 24 * 3600
 
@@ -117,7 +118,8 @@ class Reply:
       error: The error inside the body, or None.
       served_model: The model that answered, as it calls itself.
       usage: The usage as sent.
-      tokens: Prompt and completion tokens of the whole reply, or None if it doesn't say.
+      tokens: Prompt and completion tokens of the whole reply as they are charged, or None if it
+        doesn't say.
       finish_reasons: As sent, one per choice.
     """
 
@@ -165,7 +167,7 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
         error=error,
         served_model=body["model"] if isinstance(body.get("model"), str) else None,
         usage=usage,
-        tokens=tokens,
+        tokens=_charged(usage or {}),
         finish_reasons=tuple(_finish(choice) for choice in choices),
     )
 
@@ -266,6 +268,15 @@ def _tokens(usage: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def _charged(usage: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The same, with what some count in the total alone, such as reasoning, as completion."""
+    tokens, total = _tokens(usage), usage.get("total_tokens")
+    if tokens is None or not isinstance(total, int):
+        return tokens
+    prompt, completion = tokens
+    return prompt, max(completion, total - prompt)
+
+
 def _code(error: Any) -> str:
     """The machine-readable part of an error object: its code, or else its type."""
     if not isinstance(error, dict):
@@ -278,7 +289,8 @@ def diagnose(
 ) -> Fault | TeacherError:
     """What a failed request means: another try, or the end of the run.
 
-    Only errors that a provider answers before any work count as surely not billed.
+    What never reached the provider counts as surely not billed, and so does what it refuses or
+    fails itself. What got lost behind a gateway, on the way or in time may have been billed.
     """
     if isinstance(error, openai.APIStatusError):
         return diagnose_status(error.status_code, error.body, error.response.headers, error.message)
@@ -317,9 +329,8 @@ def diagnose_status(
         return Fault("refused prompt", detail, billed=False)
     if status in (408, 409, 429) or status >= 500:
         wait = retry_after(headers, now=time.time())
-        # behind a gateway that gave up the work may have been done all the same
         kind = "rate limit" if status == 429 else "server error"
-        return Fault(kind, detail, billed=status == 504, retry_after_s=wait)
+        return Fault(kind, detail, billed=status in _WORKED_ON, retry_after_s=wait)
     return RequestRefused(f"the request was refused; see teacher.* in the config. {detail}")
 
 
