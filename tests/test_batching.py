@@ -16,12 +16,12 @@ from batch_server import (
     batch_server,
     refused,
 )
-from fault_server import error, fault_server, good
+from fault_server import choice, error, fault_server, good
 from paid_lesson import QUICK
 
 from distill_jax.config import TeacherConfig
 from distill_jax.teacher.account import Ask
-from distill_jax.teacher.audit import read_totals
+from distill_jax.teacher.audit import read_totals, verify
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.reply import (
@@ -165,6 +165,14 @@ def test_batches_that_come_to_nothing_never_give_a_prompt_up(tmp_path: Path, beh
         got, _ = run(tmp_path / "l", behave, number=1)
         assert isinstance(got, TeacherUnavailable)
     assert run(tmp_path / "l", all_good, number=1)[0] == texts(1)
+
+
+def test_half_a_character_in_an_answer_is_no_end(tmp_path: Path):
+    def behave(number: int, rows: list[Row]) -> Ends:
+        return Ends(output=(answered(rows[0], choices=[choice("\ud83d"), choice("字")]),))
+
+    assert run(tmp_path / "l", behave, number=1)[0] == [["?", "字"]]
+    assert verify(tmp_path / "l") == []
 
 
 def test_batches_that_bring_nothing_end_the_run(tmp_path: Path):

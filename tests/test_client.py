@@ -20,6 +20,7 @@ from fault_server import (
 )
 from paid_lesson import QUICK
 
+from distill_jax.teacher.audit import read_rows, verify
 from distill_jax.teacher.client import TeacherClient
 from distill_jax.teacher.governor import Patience
 from distill_jax.teacher.ledger import Ledger
@@ -270,6 +271,21 @@ def test_cut_and_filtered_answers_are_told_and_not_asked_again(tmp_path):
     out = Outcome(tmp_path, behave, ["p"])
     assert [c.finish_reason for c in out.answers[0]] == ["length", "content_filter"]
     assert len(out.server.calls) == 1
+
+
+def test_half_a_character_is_replaced_in_the_text_and_kept_in_the_ledger(tmp_path):
+    def behave(call: Call) -> Says:
+        whole, half = (
+            choice("good \U0001f600"),
+            choice("bad \ud83d"),
+        )  # both escaped, as JSON has it
+        return Says(body=chat(call, choices=[whole, half], model="m \ud83d", usage=None))
+
+    out = Outcome(tmp_path, behave, ["p"])
+    assert out.texts == [["good \U0001f600", "bad ?"]] and out.answers[0][1].num_tokens == 5
+    (row,) = read_rows(out.path)
+    assert row["raw"].count("\\ud83d") == 3 and row["served_model"] == "m ?"
+    assert verify(out.path) == []
 
 
 def test_drip_is_ended_by_the_total_time(tmp_path):

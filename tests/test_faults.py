@@ -134,6 +134,7 @@ ROWS = {
     ],
     "30 hostile text": [
         "test_security.test_30_hostile_text_stays_data",
+        "test_client.test_half_a_character_is_replaced_in_the_text_and_kept_in_the_ledger",
         "test_security.test_30_an_answer_without_end_is_cut_off_and_refused",
         "test_prompts.test_no_text_can_imitate_the_prompt",
         "test_progress.test_hostile_text_never_steers_the_terminal",

@@ -246,7 +246,7 @@ class Batching:
         response = row.get("response") or {}
         status, answer = response.get("status_code", 0), response.get("body")
         if status == 200:
-            raw = account.secret.hide(json.dumps(answer, ensure_ascii=False))
+            raw = account.secret.hide(json.dumps(answer))
             await desk.clerk.store(
                 intent, raw, attempts=1, latency_s=0.0, request_id=response.get("request_id")
             )

@@ -155,6 +155,7 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
         return Reply(problem=f"the body is not a JSON object: {raw}")
     error, choices, usage = body.get("error"), body.get("choices"), body.get("usage")
     choices = choices if isinstance(choices, list) else []
+    model = body.get("model")
     usage = usage if isinstance(usage, dict) else None
     tokens = _tokens(usage or {})
     each = None if tokens is None or not choices else tokens[1] // len(choices)
@@ -165,7 +166,7 @@ def read_reply(raw: str, *, max_tokens: int) -> Reply:
         completions=completions,
         problem=f"an error with status 200: {raw}" if error else problem,
         error=error,
-        served_model=body["model"] if isinstance(body.get("model"), str) else None,
+        served_model=_without_lone_surrogates(model) if isinstance(model, str) else None,
         usage=usage,
         tokens=_charged(usage or {}),
         finish_reasons=tuple(_finish(choice) for choice in choices),
@@ -178,7 +179,7 @@ def _completion(
     message = choice.get("message") if isinstance(choice, dict) else None
     message = message if isinstance(message, dict) else {}
     content = message.get("content")
-    text = content if isinstance(content, str) else ""
+    text = _without_lone_surrogates(content) if isinstance(content, str) else ""
     sent = _finish(choice)
     reason: FinishReason = "length" if sent in _CUT or full else "stop"
     if sent in _FILTERED or (not text.strip() and message.get("refusal")):
@@ -186,8 +187,13 @@ def _completion(
     if not text.strip() and reason == "stop":
         return None  # a cut or filtered answer may be empty, and asking again would pay again
     if num_tokens is None:
-        num_tokens = min(max_tokens, len(text.encode(errors="replace")))
+        num_tokens = min(max_tokens, len(text.encode()))
     return Completion(text, reason, num_tokens, read_pieces(choice))
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Text that a tokenizer and a database take: JSON may hold what UTF-8 has no room for."""
+    return text.encode(errors="replace").decode()
 
 
 def read_pieces(choice: Any) -> tuple[Piece, ...]:
