@@ -23,6 +23,7 @@ from distill_jax.config import TeacherConfig
 from distill_jax.teacher.account import Ask
 from distill_jax.teacher.audit import read_totals, verify
 from distill_jax.teacher.client import TeacherClient
+from distill_jax.teacher.dialect import Dialect
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.reply import (
     BudgetReached,
@@ -190,6 +191,39 @@ def test_a_prompt_that_always_fails_is_told(tmp_path: Path):
     got, state = run(tmp_path / "l", behave)
     assert got == [*texts(2), ["", ""], *texts(5)[3:]]
     assert [len(rows) for rows in state.rows] == [5, *[1] * (QUICK.attempts - 1)]
+
+
+def test_a_prompt_is_counted_once_in_a_batch_however_many_lines_it_has(tmp_path: Path):
+    def behave(number: int, rows: list[Row]) -> Ends:
+        return (
+            all_good(number, rows)
+            if number
+            else Ends(errors=tuple(refused(r, 500, {}) for r in rows))
+        )
+
+    path, samples = tmp_path / "l", 3 * QUICK.attempts  # as many as all processes may try
+    with Ledger(path) as ledger, batch_server(behave) as (state, url):
+        made = client(path, ledger, url, samples=samples)
+        made._account.speak(ledger, Dialect(one_by_one=True))
+        (row,) = made.complete([Ask("p", tuple(range(samples)))])
+    assert {c.text for c in row} == {"answer 0 to p"}
+    assert [len(rows) for rows in state.rows] == [samples] * 2
+
+
+def test_each_thing_learned_from_a_batch_is_worth_another(tmp_path: Path):
+    unknown = ("max_tokens", "temperature", "top_p", "n")  # told one at a time
+
+    def behave(number: int, rows: list[Row]) -> Ends:
+        for name in unknown:
+            if name in rows[0]["body"]:
+                problem = {"error": {"message": f"Unsupported: '{name}'", "param": name}}
+                return Ends(errors=tuple(refused(row, 400, problem) for row in rows))
+        return all_good(number, rows)
+
+    assert len(unknown) >= QUICK.attempts > QUICK.bad_answers
+    got, state = run(tmp_path / "l", behave, number=2)
+    assert got == [["answer 0 to p0"] * 2, ["answer 0 to p1"] * 2]
+    assert [len(rows) for rows in state.rows] == [2, 2, 2, 2, 4]
 
 
 def test_another_dialect_is_learned_from_a_batch(tmp_path: Path):

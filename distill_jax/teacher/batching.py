@@ -59,8 +59,8 @@ class Batching:
         self._random = Random()
         self._stopping = asyncio.Event()
         self._error: TeacherError | None = None
-        self._asked: Counter[str] = Counter()  # how often, by key
-        self._fruitless = 0  # batches in a row that brought no answer
+        self._asked: Counter[str] = Counter()  # in how many batches, by key
+        self._fruitless = 0  # batches in a row that brought no answer and taught nothing
         self.num_in_flight = 0
 
     def stop(self, error: TeacherError) -> None:
@@ -110,7 +110,7 @@ class Batching:
             lambda ledger: batch_book.open_batch(ledger, desk.account.endpoint)
         )
         lines: list[bytes] = []
-        size = 0
+        size, keys = 0, set()
         for request, slots in _parts(desk.account, desk.ledger, asks):
             intent = await desk.clerk.write(
                 lambda ledger, request=request, slots=slots: desk.account.reserve(
@@ -119,7 +119,7 @@ class Batching:
             )
             if intent is None:
                 break
-            self._asked[request.key] += 1
+            keys.add(request.key)
             lines.append(_line(intent, request, len(slots)))
             size += len(lines[-1])
             if len(lines) == _MOST_LINES or size >= _MOST_BYTES:
@@ -127,6 +127,7 @@ class Batching:
         if not lines:
             await desk.clerk.write(lambda ledger: batch_book.close_batch(ledger, batch))
             raise desk.account.over_budget(desk.ledger)
+        self._asked.update(keys)
         return await self._submit(batch, b"".join(lines))
 
     async def _submit(self, batch: Batch, lines: bytes) -> Batch:
@@ -184,6 +185,7 @@ class Batching:
             if name
         ]
         lines = [line for text in texts for line in text.splitlines() if line.strip()]
+        before = self._desk.account.dialect
         ends = await self._book(batch, lines)
         if remote.status == "completed":  # then nobody can say what became of the rest
             await self._drop(batch, "missing from its batch", usd=None)
@@ -193,7 +195,10 @@ class Batching:
             )
             await self._drop(batch, f"batch {remote.status}", problem, usd=0.0)
             log.warning("a batch ended as %s: %s", remote.status, self._printable(problem))
-        self._fruitless = 0 if None in ends else self._fruitless + 1
+        taught = self._desk.account.dialect != before
+        if taught:  # what is learned ends, so this can't go on for ever
+            self._asked.clear()
+        self._fruitless = 0 if taught or None in ends else self._fruitless + 1
         stops = [end for end in ends if isinstance(end, TeacherError)]
         if stops:
             raise self._desk.account.told(stops[0])

@@ -340,10 +340,14 @@ class Ledger:
         return found
 
     def num_failures(self, key: str, kinds: Sequence[str]) -> tuple[int, bool]:
-        """How often a request failed in these ways, and whether it need not be asked again."""
+        """How often a request failed in these ways, and whether it need not be asked again.
+
+        In one batch it fails once, however many of its samples do.
+        """
         number, final = self.database.execute(
-            "SELECT count(*) FILTER (WHERE kind IN (SELECT value FROM json_each(?))), "
-            "coalesce(max(final), 0) FROM failures WHERE key = ?",
+            "SELECT count(DISTINCT coalesce(-batch, id)) "
+            "FILTER (WHERE kind IN (SELECT value FROM json_each(?))), coalesce(max(final), 0) "
+            "FROM failures JOIN intents ON id = intent WHERE failures.key = ?",
             (json.dumps(kinds), key),
         ).fetchone()
         return number, bool(final)
