@@ -51,6 +51,7 @@ class BatchServer:
     behave: Behaviour
     polls: int  # looks at a batch before it ends
     reset_create: int = 0  # how many batches are made without an answer to whoever makes them
+    key: str = ""  # the only one that is taken; any, if empty
     files: dict[str, bytes] = field(default_factory=dict)
     batches: dict[str, Row] = field(default_factory=dict)
 
@@ -140,7 +141,8 @@ def batch_server(
             self._send(json.dumps(value).encode())
 
         def _send(self, raw: bytes) -> None:
-            self.send_response(200)
+            refused = state.key and self.headers["Authorization"] != f"Bearer {state.key}"
+            self.send_response(401 if refused else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(raw)))
             self.end_headers()

@@ -27,6 +27,7 @@ from distill_jax.teacher.dialect import Dialect
 from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.reply import (
     BudgetReached,
+    CredentialsRefused,
     QuotaExhausted,
     RequestRefused,
     TeacherError,
@@ -289,6 +290,33 @@ def test_a_batch_of_a_former_process_is_found_again(tmp_path: Path, recorded: bo
             rows = client(path, ledger, url, **PRICED).complete(asks(6))
     assert [[c.text for c in row] for row in rows] == texts(6)
     assert [prompts(rows) for rows in state.rows] == [[f"p{i}" for i in range(5)], ["p5"]]
+
+
+def test_05_a_key_that_is_replaced_while_a_batch_is_out_is_read_again(tmp_path: Path, monkeypatch):
+    path = tmp_path / "key"
+    path.write_text("old-key-12345678")
+    path.chmod(0o600)
+    monkeypatch.setenv("FRESH_FILE", str(path))
+
+    def replace_key(amount: int, detail: str) -> None:
+        if "in a batch" in detail:
+            state.key = "new-key-12345678"
+            path.write_text(state.key)
+
+    with batch_server(all_good) as (state, url), Ledger(tmp_path / "l") as ledger:
+        made = client(tmp_path / "l", ledger, url, api_key_env="FRESH")
+        rows = made.complete(asks(5), advance=replace_key)
+    assert [[c.text for c in row] for row in rows] == texts(5) and len(state.batches) == 1
+
+
+def test_05_a_key_that_is_another_each_time_is_read_again_once(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("FRESH_COMMAND", "date +old-key-1234-%s%N")
+    with batch_server(all_good) as (state, url), Ledger(tmp_path / "l") as ledger:
+        state.key = "another"
+        made = client(tmp_path / "l", ledger, url, api_key_env="FRESH")
+        with pytest.raises(CredentialsRefused):
+            made.complete(asks(1))
+        assert not state.batches
 
 
 def test_a_batch_that_was_never_handed_in_costs_nothing(tmp_path: Path):

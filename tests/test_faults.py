@@ -28,6 +28,7 @@ ROWS = {
     "04 no quota left": ["test_client.test_what_would_fail_for_every_prompt_stops_at_once"],
     "05 key refused or revoked in mid-run": [
         "test_security.test_05_a_key_that_is_replaced_in_mid_run_is_read_again",
+        "test_batching.test_05_a_key_that_is_replaced_while_a_batch_is_out_is_read_again",
         "test_security.test_05_a_new_key_that_is_refused_too_ends_the_run",
         "test_security.test_05_a_key_file_is_nobody_elses",
         "test_security.test_05_a_canary_key_is_found_in_nothing_that_is_written",

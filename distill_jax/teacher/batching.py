@@ -289,13 +289,20 @@ class Batching:
         await self._desk.clerk.write(drop)
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Calls until it works; raises what would not go away, or when it takes too long."""
-        tries, begun = Tries(), time.monotonic()
+        """Calls until it works; raises what would not go away, or when it takes too long.
+
+        A key that is refused is read again, once.
+        """
+        tries, begun, secret = Tries(), time.monotonic(), self._desk.account.secret
+        key = secret.value
         while True:
             try:
                 return await call()
             except (openai.APIConnectionError, openai.APIStatusError, TimeoutError) as error:
                 end = diagnose(error)
+            may_be_new = isinstance(end, CredentialsRefused) and secret.value == key
+            if may_be_new and await asyncio.to_thread(secret.read_again):
+                continue
             if isinstance(end, TeacherError):
                 raise self._desk.account.told(end)
             wait = tries.next_wait(end, self._desk.patience, self._random)
