@@ -125,6 +125,9 @@ def fault_server(behave: Behaviour) -> Iterator[tuple[FaultServer, str]]:
             finally:
                 state.leave()
 
+        def do_GET(self) -> None:
+            _answer(self, error(404))  # it has no Batch API
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from distill_jax.teacher.ledger import Ledger
 from distill_jax.teacher.reply import (
     BudgetReached,
     CredentialsRefused,
+    Interrupted,
     QuotaExhausted,
     RequestRefused,
     TeacherError,
@@ -276,6 +279,33 @@ def interrupted(path: Path, behave: Behaviour, url: str) -> None:
         client(path, ledger, url, **PRICED).complete(asks(5), advance=advance)
 
 
+def test_a_batch_that_is_out_is_collected_by_chat_too(tmp_path: Path, caplog):
+    path = tmp_path / "l"
+    with batch_server(all_good, polls=2) as (state, url):
+        interrupted(path, all_good, url)
+        with Ledger(path) as ledger:
+            rows = client(path, ledger, url, mode="chat", **PRICED).complete(asks(5))
+    assert [[c.text for c in row] for row in rows] == texts(5)
+    assert read_totals(path).spent_usd == pytest.approx(5 * COST)
+    assert "batch batch_0 is out" in caplog.text
+    assert len(state.rows) == 1  # and this server can do nothing else
+
+
+def test_an_interrupt_while_chat_collects_a_batch_is_heard(tmp_path: Path):
+    path = tmp_path / "l"
+
+    def interrupt(number: int, rows: list[Row]) -> Ends:
+        os.kill(os.getpid(), signal.SIGINT)
+        return all_good(number, rows)
+
+    with batch_server(interrupt, polls=2) as (_, url):
+        interrupted(path, all_good, url)
+        with Ledger(path) as ledger, pytest.raises(Interrupted):
+            client(path, ledger, url, mode="chat", **PRICED).complete(asks(6))
+    totals = read_totals(path)
+    assert totals.num_requests == totals.num_answers == 5
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_batch_of_a_former_process_is_found_again(tmp_path: Path, recorded: bool):
     path = tmp_path / "l"
@@ -326,9 +356,15 @@ def test_a_batch_that_was_never_handed_in_costs_nothing(tmp_path: Path):
     with sqlite3.connect(path) as database:
         database.execute("UPDATE batches SET remote = NULL")
     database.close()
+    whole = path.read_bytes()
     got, state = run(path, all_good, **PRICED)  # a server that knows of nothing
     assert got == texts(5) and len(state.rows) == 1
     assert read_totals(path).spent_usd == pytest.approx(5 * COST)
+    path.write_bytes(whole)
+    with fault_server(good) as (_, url), Ledger(path) as ledger:  # and one without a Batch API
+        rows = client(path, ledger, url, mode="chat", **PRICED).complete(asks(5))
+        assert [[c.text for c in row] for row in rows] == texts(5)
+        assert ledger.spent_usd == pytest.approx(5 * COST)
 
 
 def test_a_batch_made_without_an_answer_is_not_made_twice(tmp_path: Path):

@@ -151,6 +151,7 @@ ROWS = {
     "33 batches that expire, fail or come in disorder": [
         "test_batching.test_33_what_finished_is_kept_and_the_rest_handed_in_again",
         "test_batching.test_a_batch_of_a_former_process_is_found_again",
+        "test_batching.test_a_batch_that_is_out_is_collected_by_chat_too",
         "test_batching.test_a_batch_made_without_an_answer_is_not_made_twice",
     ],
 }

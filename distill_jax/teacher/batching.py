@@ -1,7 +1,7 @@
 """The same prompts by a provider's Batch API: handed in together, collected when they are done.
 
 Cheaper, and slower by up to a day. Requests, ledger and budget are those of `asking`; only the way
-there differs. A process that ends while a batch is out finds it again.
+there differs. What a process leaves out when it ends is collected by the next, also one by chat.
 """
 
 import asyncio
@@ -68,13 +68,21 @@ class Batching:
         self._error = self._error or error
         self._stopping.set()
 
-    async def ask(self, asks: Sequence[Ask]) -> None:
-        """Finishes all asks; raises as `Asking.ask`."""
+    async def collect(self) -> None:
+        """Books the batches that a former process left out, once they are over.
+
+        What they hold is paid for, so they come first, however the rest is asked. Raises as `ask`.
+        """
         desk = self._desk
         for batch in batch_book.open_batches(desk.ledger, desk.account.endpoint):
             found = await self._find_again(batch)
             if found is not None:
+                log.warning("batch %s is out: nothing is asked until it is over.", found.remote)
                 await self._collect(found)
+            self._check()
+
+    async def ask(self, asks: Sequence[Ask]) -> None:
+        """Finishes all asks; raises as `Asking.ask`."""
         todo: Sequence[int] = range(len(asks))
         while todo := [index for index in todo if self._is_open(asks[index])]:
             self._check()
@@ -168,7 +176,10 @@ class Batching:
         """A batch of a former process; None if that one never handed it in."""
         if batch.remote is not None:
             return batch
-        remote = await self._patiently(lambda: self._search(batch))
+        try:
+            remote = await self._patiently(lambda: self._search(batch))
+        except RequestRefused:  # there is no Batch API: it can't have been handed in
+            remote = None
         if remote is None:
             await self._drop(batch, "never handed in", usd=0.0)
             return None

@@ -154,11 +154,12 @@ class TeacherClient:
                 def finished() -> None:
                     advance(1, spending.told(1))
 
-                if config.mode == "batch":
-                    batching = Batching(desk, finished, lambda detail: advance(0, detail))
-                    with _interruptible(batching):
+                batching = Batching(desk, finished, lambda detail: advance(0, detail))
+                with _interruptible(batching):
+                    await batching.collect()
+                    if config.mode == "batch":
                         await batching.ask(asks)
-                    return
+                        return
                 governor = Governor(
                     concurrency=config.concurrency, per_minute=config.per_minute, patience=patience
                 )
