@@ -1,6 +1,6 @@
 """Every knob, on one page: strict frozen models. Unknown keys are errors.
 
-Defaults are those of Wang et al. (EMNLP 2023).
+Defaults are those of Wang et al. (EMNLP 2023), but for two that say so.
 """
 
 import difflib
