@@ -64,7 +64,8 @@ class Mirror:
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._error: BucketError | OSError | None = None
 
-    def _write_state(self) -> None:
+    def write_state(self) -> None:
+        """Has the next process know what this one does."""
         write_json(self.folder / _STATE, {"claim": self._claim.name, "alike": self._alike})
 
     def take(self, note: Callable[[str], None]) -> None:
@@ -119,7 +120,10 @@ class Mirror:
             for name, tag in tags.items():
                 path = self.folder / name
                 known = self._alike.get(name, [""])[0] == tag and path.exists()
-                if not known and not _is_large(name) and self._bucket.get(name, path):
+                if not known and _is_large(name):
+                    path.unlink(missing_ok=True)  # `bring` takes what is here for the bucket's
+                    self._alike.pop(name, None)
+                elif not known and self._bucket.get(name, path):
                     if name == _LEDGER:  # what a killed reader left of the old one
                         path.with_name(f"{name}-wal").unlink(missing_ok=True)
                     self.remember(name, tag)
@@ -127,7 +131,7 @@ class Mirror:
             for name in [name for name in self._alike if name not in tags]:
                 (self.folder / name).unlink(missing_ok=True)
                 del self._alike[name]
-            self._write_state()
+            self.write_state()
 
     def remember(self, name: str, tag: str) -> None:
         """Remembers that a file here is that of the bucket."""
@@ -150,7 +154,7 @@ class Mirror:
                 self._bucket.delete(name)
                 del self._alike[name]
             if gone:
-                self._write_state()
+                self.write_state()
 
     def look(self) -> dict[str, tuple[int, int]]:
         """The files here and what they look like, for `send`."""
@@ -169,13 +173,13 @@ class Mirror:
         if not new:
             return
         self._alike |= {name: ["", 0, 0] for name in new if name not in self._alike}
-        self._write_state()  # first, so that whatever is there from here is known
+        self.write_state()  # first, so that whatever is there from here is known
         for name, look in new.items():
             with contextlib.suppress(FileNotFoundError), _still(self.folder / name) as path:
                 self._bucket.put(path, name)
                 self._alike[name] = ["", *look]
             self._claim.renew()
-        self._write_state()
+        self.write_state()
 
     def _work(self) -> None:
         due, warned = 0.0, False
@@ -372,4 +376,5 @@ def bring(folder: Path) -> Path:
                 path = folder / name
                 if not path.exists() and bucket.get(name, path) and mirror:
                     mirror.remember(path.relative_to(mirror.folder).as_posix(), tag)
+                    mirror.write_state()
     return folder

@@ -287,6 +287,35 @@ def test_weights_are_fetched_when_they_are_asked_for(place: Place):
     assert names == {"config.json", "model.safetensors"}
 
 
+def test_weights_that_others_made_anew_are_fetched_anew(place: Place):
+    first, reader = place.on("first"), place.on("reader")
+    names = ["round_01/checkpoint/d/a", "round_01/checkpoint/d/b", "round_00/model.safetensors"]
+
+    def train(text: str, *names: str) -> None:
+        place.on("first")
+        with hold(first, quiet):
+            for path in first.rglob("d/*"):
+                path.unlink()
+            for name in ("config.yaml", *names):
+                (first / name).parent.mkdir(parents=True, exist_ok=True)
+                write_text(first / name, text)
+        place.on("reader")
+
+    def read(name: str) -> str:
+        return (bring((reader / name).parent) / Path(name).name).read_text()
+
+    train("one", *names)
+    with opened(reader):
+        assert [read(name) for name in names] == ["one"] * 3
+    with opened(reader):
+        assert all((reader / name).exists() for name in names)  # and are not fetched again
+    train("two", names[0], names[2])
+    with hold(reader, quiet):
+        assert [read(names[0]), read(names[2])] == ["two"] * 2
+    assert place.names() == {"lock.json", "config.yaml", names[0], names[2]}
+    assert Bucket(place.url).read(names[0]) == Bucket(place.url).read(names[2]) == b"two"
+
+
 def test_readers_see_the_newest_and_what_they_add_is_kept(place: Place):
     first, reader = place.on("first"), place.on("reader")
     with pytest.raises(ConfigError, match="holds no run"), opened(reader):
