@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (
     "teacher.price_usd",
     "train.checkpoint_every",
     "train.microbatch_size",
+    "train.remat",
 )
 """Knobs that may differ when a run goes on: they change its speed or price, not its records."""
 

@@ -100,7 +100,7 @@ SMALL = {"folder": "", "task": {"name": "gsm8k"}, "student": {"model": "m"}}
 def test_a_run_goes_on_with_another_budget_and_no_other_seed(tmp_path: Path):
     config = parse_config({**SMALL, "folder": str(tmp_path / "run")})
     assert open_run(config) == tmp_path / "run"
-    open_run(override(config, ["teacher.concurrency=4", "mesh.tensor=2", "mesh.fsdp=1"]))
+    open_run(override(config, ["teacher.concurrency=4", "mesh.tensor=2", "train.remat=full"]))
     with pytest.raises(
         ConfigError, match=r"other settings \(seed: 42 -> 1; task.split: 'ho2023' ->"
     ):

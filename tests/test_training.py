@@ -2,9 +2,10 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -137,8 +138,26 @@ def test_it_goes_on_with_other_devices_and_layouts(tmp_path: Path, weights: dict
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_minutes_alone_save_too(tmp_path: Path, monkeypatch):
-    often = CONFIG.train.model_copy(update={"checkpoint_every": (100, 1e-6)})
-    monkeypatch.setitem(train.__globals__, "CONFIG", CONFIG.model_copy(update={"train": often}))
+@pytest.fixture
+def change(monkeypatch) -> Callable[..., None]:
+    """Has what is trained from here on have other knobs."""
+
+    def change(**knobs: Any) -> None:
+        changed = CONFIG.model_copy(update={"train": CONFIG.train.model_copy(update=knobs)})
+        monkeypatch.setitem(train.__globals__, "CONFIG", changed)
+
+    return change
+
+
+def test_it_goes_on_with_less_memory(tmp_path: Path, weights: dict, change):
+    assert train(tmp_path, (1, 1, 1), stop_after=4) == {}
+    change(remat="full", microbatch_size=4)
+    other = train(tmp_path, (1, 1, 1))
+    for got, wanted in zip(*map(jax.tree.leaves, (other, weights)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_minutes_alone_save_too(tmp_path: Path, change):
+    change(checkpoint_every=(100, 1e-6))
     assert train(tmp_path, (1, 1, 1), stop_after=5) == {}
     assert saved(tmp_path) == ["5", "6"]
