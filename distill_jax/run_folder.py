@@ -48,6 +48,11 @@ FREE_TO_CHANGE = (
 )
 """Knobs that may differ when a run goes on: they change its speed or price, not its records."""
 
+ANOTHER_FOLDER = (
+    "name another folder; with a copy of this run's ledger.sqlite* in it no answer is bought twice"
+)
+"""How to change the others."""
+
 
 def open_run(config: Config) -> Path:
     """Makes the run folder, or checks that it belongs to this config.
@@ -66,7 +71,7 @@ def open_run(config: Config) -> Path:
         if changed:
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(changed)}); "
-                "continue it with its own, or name another folder."
+                f"continue it with its own, or {ANOTHER_FOLDER}."
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, to_yaml(config))

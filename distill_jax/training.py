@@ -25,7 +25,7 @@ from distill_jax.packing import make_grid
 from distill_jax.processes import is_main
 from distill_jax.progress import Progress
 from distill_jax.rows import Rows
-from distill_jax.run_folder import Partial
+from distill_jax.run_folder import ANOTHER_FOLDER, Partial
 from distill_jax.sinks import Send, SinkName, open_sinks
 from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.flops import step_flops
@@ -267,7 +267,7 @@ class _Figures:
             raise TrainingDiverged(
                 f"round {self._round}, step {row['step']}: the loss is {values['loss']} and the "
                 f"gradient's norm {values['gradient_norm']}; lower train.learning_rates, or set "
-                "student.compute_dtype=float32, and run again."
+                f"student.compute_dtype=float32, and {ANOTHER_FOLDER}."
             )
         self._rows.append([row])
         self._rows.sync()  # a state that is saved next is of use only with them

@@ -16,9 +16,9 @@ from distill_jax.config import parse_config
 from distill_jax.int_lists import MIN_SHARED, IntLists, Prompts
 from distill_jax.progress import Advance, Progress
 from distill_jax.rows import Rows
-from distill_jax.run_folder import read_rows
+from distill_jax.run_folder import ANOTHER_FOLDER, read_rows
 from distill_jax.student.sharding import make_mesh
-from distill_jax.training import train_round
+from distill_jax.training import TrainingDiverged, train_round
 
 MODEL = replace(LLAMA, layers=2)
 CONFIG = parse_config(
@@ -155,6 +155,13 @@ def test_it_goes_on_with_less_memory(tmp_path: Path, weights: dict, change):
     other = train(tmp_path, (1, 1, 1))
     for got, wanted in zip(*map(jax.tree.leaves, (other, weights)), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_loss_that_is_no_number_says_what_to_lower_and_where_to_go_on(tmp_path: Path, change):
+    change(learning_rates=(1e30,))
+    with pytest.raises(TrainingDiverged, match=r"lower train\.learning_rates") as found:
+        train(tmp_path, (1, 1, 1))
+    assert str(found.value).endswith(f", and {ANOTHER_FOLDER}.")
 
 
 def test_minutes_alone_save_too(tmp_path: Path, change):

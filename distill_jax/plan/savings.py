@@ -12,6 +12,7 @@ from distill_jax.config_file import override
 from distill_jax.layouts import Axes
 from distill_jax.plan.memory import Memory, count_memory
 from distill_jax.plan.work import Texts
+from distill_jax.run_folder import ANOTHER_FOLDER
 from distill_jax.student.model import ModelConfig
 
 SAVE_IN_EXAM = (
@@ -64,17 +65,19 @@ def save_in_training(config: Config, model: ModelConfig, texts: Texts, mesh: Mes
         for change, less in _smaller(config, model, texts, axes)
         if less.total < memory.total
     ]
+    lower = "student.compute_dtype=bfloat16"
+    other = f" For {lower} {ANOTHER_FOLDER}." if any(lower in words for words in saved) else ""
     return (
         f"By our count a step takes {_size(memory.total)} of a "
         f"{device.device_kind}{has}: {parts}. {'; '.join(saved) or 'No setting takes less'}. "
-        "Nothing is lost: set one of these, or several, and run again."
+        f"Nothing is lost: set one of these, or several, and run again.{other}"
     )
 
 
 def _smaller(
     config: Config, model: ModelConfig, texts: Texts, axes: Axes
 ) -> Iterator[tuple[str, Memory]]:
-    """Single changes that leave a run's results as they are, and what a step takes with each."""
+    """Single changes, and what a step takes with each."""
     rows, (data, fsdp, tensor) = config.train.microbatch_size, axes
     changes = [f"train.microbatch_size={rows // 2}"] * (rows % 2 == 0)
     changes += ["train.remat=full"] * (config.train.remat != "full")
