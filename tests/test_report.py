@@ -341,7 +341,8 @@ def test_a_broken_line_is_named(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     path = round_folder(folder, 1) / "dev.jsonl"
     path.write_text(path.read_text().replace('"answer"', '"reply"', 1))
-    with pytest.raises(ValueError, match=r"round_01/dev\.jsonl, line 1 is not a row"):
+    said = r"round_01/dev\.jsonl, line 1 is not a row .* Move it and result\.json, .* and run again"
+    with pytest.raises(ValueError, match=said):
         summarise(folder)
 
 

@@ -70,7 +70,8 @@ def _rows(path: Path, lines: Iterable[bytes], kind: type[T], *, torn: int | None
                 break
             raise ValueError(
                 f"{path}, line {number} is not a row that a run writes: {error} "
-                "Move the file away and run again: the stage is then repeated."
+                "Move it and result.json, if there is one, away and run again: the stage is then "
+                "repeated."
             ) from None
 
 
