@@ -27,7 +27,7 @@ from distill_jax.plan.work import read_texts
 from distill_jax.processes import gather, is_main, tell, tell_each
 from distill_jax.progress import Progress
 from distill_jax.records import Attempt, Question, Rationale, Split, from_json, to_json
-from distill_jax.rows import make_rows
+from distill_jax.rows import Rows, make_rows
 from distill_jax.run_folder import (
     Partial,
     round_folder,
@@ -117,10 +117,10 @@ def _play_round(school: School, round_index: int) -> str:
         return NO_MISTAKES
     _teach(school, round_index, exam)
     _judge(school, round_index)
-    if not _train(school, round_index, exam):
-        return NOTHING_KEPT
-    _sit(school, round_index, "dev", weights_round=round_index)
-    return ""
+    reason = _train(school, round_index, exam)
+    if not reason:
+        _sit(school, round_index, "dev", weights_round=round_index)
+    return reason
 
 
 def _has_mistakes(exam: Path) -> bool:
@@ -300,8 +300,8 @@ def _first_samples(exam: Path, samples: int) -> Iterator[Attempt]:
     return (a for a in stream_records(exam, Attempt) if a.sample_index < samples)
 
 
-def _train(school: School, round_index: int, exam: Path) -> bool:
-    """Trains on the round's rationales, unless that is done; says if there were any."""
+def _train(school: School, round_index: int, exam: Path) -> str:
+    """Trains on the round's rationales, unless that is done; returns why not, or an empty string."""
     config, student = school.config, school.student
     assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
@@ -317,8 +317,6 @@ def _train(school: School, round_index: int, exam: Path) -> bool:
         max_length=student.model.max_positions,
         seed=config.seed,
     )
-    if not rows and not rows.dropped:
-        return False
     run_folder.update_round(
         school.folder,
         round_index,
@@ -330,6 +328,8 @@ def _train(school: School, round_index: int, exam: Path) -> bool:
         soft_tokens=rows.num_soft,
         steps=len(make_course(config, student.model, student.mesh, rows, round_index)),
     )
+    if not rows:
+        return _explain_no_rows(rows, student.model.max_positions)
     start = round_index - 1 if config.train.start == "previous" else 0
 
     def advice() -> str:
@@ -349,7 +349,19 @@ def _train(school: School, round_index: int, exam: Path) -> bool:
             sinks=school.sinks,
         )
     student.weights.put(round_index, trained, frozen)
-    return True
+    return ""
+
+
+def _explain_no_rows(rows: Rows, max_positions: int) -> str:
+    """Why nothing can be trained on, though the teacher was asked."""
+    num_long = rows.dropped.get("too_long", 0)
+    if not num_long:
+        return NOTHING_KEPT
+    return (
+        f"all rows, {num_long:,}, are too long for the student's {max_positions:,} positions: "
+        "lower teacher.max_tokens, show the student fewer task.demonstrations, or name a student "
+        "with more positions"
+    )
 
 
 def _choose(school: School, round_index: int, left_out: Counter[str]) -> Iterator[Rationale]:

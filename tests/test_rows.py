@@ -255,6 +255,28 @@ def test_a_teacher_that_tells_no_likelihoods_teaches_hard_words(play, tmp_path, 
     assert re.search(r"Soft targets.*0\.0%", (run.folder / "report.html").read_text(), re.S)
 
 
+def test_a_round_of_rows_that_are_all_too_long_ends_the_run_and_is_not_paid_again(play, tmp_path):
+    questions = load_questions(BASE.task, seed=BASE.seed, data_dir=tmp_path)
+    tutor = Tutor(questions, tutor=BASE.tutor, seed=BASE.seed)
+
+    def ramble(call: Call) -> Says:
+        texts = tutor.answer(call.prompt, samples=call.n) or []
+        said = [choice("So then. " * 400 + text, index=i) for i, text in enumerate(texts)]
+        return Says(body=chat(call, choices=said))
+
+    with fault_server(ramble) as (server, url):
+        settings = [f"teacher.url={url}", "teacher.model=m", "rounds.max=3", "rounds.patience=3"]
+        run = play(*settings, "tutor.wrong_rates=[0.0, 0.0]")
+        kept = [row for row in run.lesson() if row.verdict == "kept"]
+        assert kept and run.result["rounds"] == run.result["chosen_round"] == 0
+        assert f"all rows, {len(kept)}, are too long for" in str(run.result["stop_reason"])
+        assert run.facts()["rows"] == 0 and run.facts()["dropped_rows"] == {"too_long": len(kept)}
+        assert not (run.folder / "round_01" / "metrics.jsonl").exists()
+        (run.folder / "result.json").unlink()
+        assert play(*settings, "tutor.wrong_rates=[0.0, 0.0]").result == run.result
+        assert len(server.calls) == len(run.train)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
