@@ -301,7 +301,7 @@ def _first_samples(exam: Path, samples: int) -> Iterator[Attempt]:
 
 
 def _train(school: School, round_index: int, exam: Path) -> str:
-    """Trains on the round's rationales, unless that is done; returns why not, or an empty string."""
+    """Trains on the round's rationales, unless that is done; returns why it can't, or nothing."""
     config, student = school.config, school.student
     assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
