@@ -27,6 +27,7 @@ from distill_jax.student.model import (
     forward,
     logical_axes,
     logits,
+    narrow,
     with_params,
 )
 from distill_jax.student.sampling import Sampling
@@ -229,8 +230,7 @@ class Engine:
         return run
 
     def _score(self, weights: Weights, hidden: jax.Array) -> jax.Array:
-        head = {_head_name(self.config): weights["unembedding"].T}
-        return logits(self.config, {**weights, **head}, hidden)
+        return logits(self.config, {**weights, **_head(self.config, weights)}, hidden)
 
     def _empty(self, count: int) -> Pages:
         config = self.config
@@ -300,16 +300,16 @@ def lay_apart(config: ModelConfig, dtype: DTypeLike, params: Params) -> Weights:
     A layer that lies in a stack is copied out of it for each use; and on CPUs a product with a
     transposed matrix is summed in another order for few rows than for many.
     """
-    # Norms work in float32 whatever the states are: their weights are not rounded.
-    params = jax.tree.map(
-        lambda names, weight: weight if "norm" in names else weight.astype(dtype),
-        logical_axes(config),
-        params,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+    params = narrow(params, dtype)
     stack = _stack_name(config)
     layers = [jax.tree.map(lambda x, i=i: x[i], params[stack]) for i in range(config.layers)]
-    return {**params, stack: layers, "unembedding": params[_head_name(config)].T}
+    head = params[_head_name(config)].T
+    return {**_without_head(params), stack: layers, "unembedding": head}
+
+
+def _without_head(tree: Params) -> Params:
+    """What is kept of a tree beside the unembedding, which a head of its own would repeat."""
+    return {name: value for name, value in tree.items() if name != "head"}
 
 
 def _whole(config: ModelConfig, weights: Weights) -> Params:
@@ -317,7 +317,12 @@ def _whole(config: ModelConfig, weights: Weights) -> Params:
     stack = _stack_name(config)
     layers = jax.tree.map(lambda *layers: jnp.stack(layers), *weights[stack])
     rest = {name: weight for name, weight in weights.items() if name != "unembedding"}
-    return {**rest, stack: layers}
+    return {**_head(config, weights), **rest, stack: layers}
+
+
+def _head(config: ModelConfig, weights: Weights) -> Params:
+    """The output projection under the name that `logits` looks for."""
+    return {_head_name(config): weights["unembedding"].T}
 
 
 def _layout(config: ModelConfig, mesh: Mesh) -> Any:
@@ -327,7 +332,7 @@ def _layout(config: ModelConfig, mesh: Mesh) -> Any:
         lambda names: names[1:], axes[stack], is_leaf=lambda node: isinstance(node, tuple)
     )
     apart = {
-        **axes,
+        **_without_head(axes),
         stack: [layer] * config.layers,
         "unembedding": axes[_head_name(config)][::-1],
     }

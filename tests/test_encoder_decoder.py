@@ -32,7 +32,7 @@ from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.attention import Segment
 from distill_jax.student.encoder_decoder import make_buckets
 from distill_jax.student.flops import step_flops
-from distill_jax.student.model import logits, with_params
+from distill_jax.student.model import logits, narrow, with_params
 from distill_jax.student.objective import Objective
 from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import TRAIN_RULES, make_mesh
@@ -301,6 +301,21 @@ def test_four_devices_take_the_steps_of_one():
     many, others, _ = train(make_mesh(1, 2, 2), 2)
     np.testing.assert_allclose(others, losses, rtol=1e-5)
     assert_same_training(one, many, means)
+
+
+def test_narrow_weights_make_the_same_bits():
+    config, half = variant("t5"), jnp.bfloat16
+    tokens, _, mask = make_rows([9, 5], vocab_size=config.vocab_size)
+    params, texts = make_params(config), make_texts(config, 2, 6)
+
+    @jax.jit
+    def score(params, tokens, mask, texts):
+        model = with_params(config, params)
+        memory = model.remember(model.encode(tokens, mask, dtype=half), mask)
+        return logits(config, params, model.decode(texts, memory, dtype=half)[0])
+
+    fewer, exact = (score(x, tokens, mask, texts) for x in (narrow(params, half), params))
+    np.testing.assert_array_equal(fewer, exact)
 
 
 def make_engine(config, newlines, *sizes: int) -> Engine:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
-from random_models import make_params
+from random_models import make_params, make_rows, variant
 
 from distill_jax import generate
 from distill_jax.engine import Engine, exam_mesh
@@ -15,6 +15,7 @@ from distill_jax.slots import Prompt, Row, Seating
 from distill_jax.student.architecture import ModelConfig
 from distill_jax.student.decode import Pools
 from distill_jax.student.decode import Rows as DeviceRows
+from distill_jax.student.model import forward, logits
 from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import make_mesh
 
@@ -25,14 +26,16 @@ CONFIG = ModelConfig(
 SHARED, QUESTION, LIMIT = 300, 120, 128
 
 
-def make_engine(sampling: Sampling, *sizes: int) -> Engine:
+def make_engine(
+    sampling: Sampling, *sizes: int, config: ModelConfig = CONFIG, dtype: str = "float32"
+) -> Engine:
     return Engine(
-        CONFIG,
+        config,
         make_mesh(*sizes),
         end_id=-1,
-        newlines=np.zeros(CONFIG.vocab_size, np.uint8),
+        newlines=np.zeros(config.vocab_size, np.uint8),
         sampling=sampling,
-        compute_dtype="float32",
+        compute_dtype=dtype,
     )
 
 
@@ -92,6 +95,30 @@ def test_programs_hold_few_scores_and_no_second_pool(sampling, copies):
     assert held.alias_size_in_bytes == num_bytes(pools.prompts)
     seen = 4 * CONFIG.heads * 128 * (384 + 128) * 4  # scores of four prompts, padded, in a layer
     assert held.temp_size_in_bytes < 2.5 * seen
+
+
+@pytest.mark.parametrize("name", ["gptj", "qwen3"])
+def test_an_exam_in_half_precision_scores_as_training_does(name):
+    config = variant(name)
+    engine = make_engine(Sampling(), 1, 1, 1, config=config, dtype="bfloat16")
+    params, rows = make_params(config), make_rows([7, 4], vocab_size=config.vocab_size)
+
+    @jax.jit
+    def sit(weights, rows):
+        return engine._score(weights, engine._forward(weights)(*rows)[0])
+
+    @jax.jit
+    def train(params, rows):
+        hidden, _ = forward(config, params, *rows, compute_dtype="bfloat16", unroll=True)
+        return logits(config, params, hidden)
+
+    np.testing.assert_array_equal(sit(engine.lay_out(params), rows), train(params, rows))
+
+
+def test_a_head_of_its_own_lies_there_once():
+    params = make_params(CONFIG)
+    weights = make_engine(Sampling(), 1, 1, 1).lay_out(params)
+    assert "head" in params and num_bytes(weights) == num_bytes(params)
 
 
 COLLECTIVE = re.compile(

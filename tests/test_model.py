@@ -29,6 +29,7 @@ from distill_jax.student.model import (
     init_params,
     logical_axes,
     logits,
+    narrow,
 )
 from distill_jax.student.sharding import BATCH, TRAIN_RULES, make_mesh
 from distill_jax.weights import load_params, read_model_config
@@ -248,6 +249,22 @@ def test_half_precision_keeps_norms_and_scores_in_float32():
     assert logits(GPT2, params, rough).dtype == jnp.float32
     apart = np.abs(np.asarray(exact) - np.asarray(rough, np.float32))[rows[2]]
     assert 0 < apart.max() < 0.2 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("name", ["gptj", "opt-350m", "qwen3", "gemma3"])
+def test_narrow_weights_score_the_same_bits(name):
+    config = variant(name)
+    params, rows = make_params(config), make_rows([7, 4], vocab_size=config.vocab_size)
+
+    @jax.jit
+    def score(params, rows):
+        hidden, _ = forward(config, params, *rows, compute_dtype=jnp.bfloat16)
+        return logits(config, params, hidden)
+
+    fewer = narrow(params, jnp.bfloat16)
+    np.testing.assert_array_equal(score(fewer, rows), score(params, rows))
+    whole_bytes, bytes_left = (sum(x.nbytes for x in jax.tree.leaves(t)) for t in (params, fewer))
+    assert bytes_left < 0.51 * whole_bytes
 
 
 def test_eight_devices_equal_one():

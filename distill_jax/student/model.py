@@ -24,6 +24,9 @@ from distill_jax.student.encoder_decoder import EncoderDecoder
 Params = dict[str, Any]
 """Weights as nested dicts of arrays, those of all layers stacked on axis 0."""
 
+WIDE = ("norm", "distances", "head_bias")
+"""How the names of weights end that are used in float32, whatever the states are."""
+
 
 class Decoder(nnx.Module):
     """All weights of a decoder; the blocks are stacked on an axis named `layers`."""
@@ -103,6 +106,21 @@ def logical_axes(config: ModelConfig) -> Params:
             is_leaf=lambda node: isinstance(node, nnx.Variable),
         )
     )
+
+
+def narrow(params: Params, dtype: DTypeLike) -> Params:
+    """Weights as the student multiplies with them: what it would make of them anyway.
+
+    Args:
+      params: All weights, or a part of the tree.
+      dtype: Of products. Those that are `WIDE` are not rounded.
+    """
+
+    def cast(path: Any, weight: Array) -> Array:
+        wide = any(part.key.endswith(WIDE) for part in path)
+        return weight if wide else weight.astype(dtype)
+
+    return jax.tree.map_with_path(cast, params)
 
 
 def init_params(config: ModelConfig, key: PRNGKeyArray, shardings: Any) -> Params:
