@@ -29,7 +29,7 @@ from distill_jax.run_folder import ANOTHER_FOLDER, Partial
 from distill_jax.sinks import Send, SinkName, open_sinks
 from distill_jax.student.architecture import EncoderDecoderConfig
 from distill_jax.student.flops import step_flops
-from distill_jax.student.model import ModelConfig, Params
+from distill_jax.student.model import ModelConfig, Params, narrow
 from distill_jax.student.objective import Objective
 from distill_jax.student.step import (
     init_state,
@@ -172,7 +172,7 @@ def by_round(values: Sequence[T], round_index: int) -> T:
 def _copy(params: Params, config: Config) -> Params:
     """The weights that the round begins with, for DPO to compare with."""
     dtype = jnp.dtype(config.student.compute_dtype)
-    return jax.jit(lambda x: jax.tree.map(lambda leaf: leaf.astype(dtype) + 0, x))(params)
+    return jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 0, narrow(x, dtype)))(params)
 
 
 def _tell_shapes(course: Course) -> str:

@@ -1,6 +1,7 @@
 """A round's training goes on where it was stopped, on whatever devices, to the same weights."""
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from random_models import LLAMA, make_params
 
 from distill_jax.config import parse_config
+from distill_jax.config_file import override
 from distill_jax.int_lists import MIN_SHARED, IntLists, Prompts
 from distill_jax.progress import Advance, Progress
 from distill_jax.rows import Rows
@@ -162,6 +164,14 @@ def test_a_loss_that_is_no_number_says_what_to_lower_and_where_to_go_on(tmp_path
     with pytest.raises(TrainingDiverged, match=r"lower train\.learning_rates") as found:
         train(tmp_path, (1, 1, 1))
     assert str(found.value).endswith(f", and {ANOTHER_FOLDER}.")
+
+
+def test_dpo_begins_at_its_reference_in_half_precision_too(tmp_path: Path, monkeypatch):
+    changes = ["reflection.objective=dpo", "student.compute_dtype=bfloat16", "train.epochs=1"]
+    monkeypatch.setitem(train.__globals__, "CONFIG", override(CONFIG, changes))
+    monkeypatch.setitem(train.__globals__, "MODEL", replace(MODEL, query_key_norm=True))
+    train(tmp_path, (1, 1, 1))
+    assert figures(tmp_path)[0]["reflection_loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 def test_minutes_alone_save_too(tmp_path: Path, change):

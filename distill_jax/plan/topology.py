@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from distill_jax.plan.program import Collective, Work, read_work
 from distill_jax.plan.work import LONGEST, Texts, make_batch
 from distill_jax.slots import Seating
 from distill_jax.student import lora
-from distill_jax.student.model import ModelConfig, abstract_params, logical_axes
+from distill_jax.student.model import ModelConfig, abstract_params, logical_axes, narrow
 from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import AXES, TRAIN_RULES, count_slices, shardings
 from distill_jax.student.step import (
@@ -208,7 +209,8 @@ def compile_step(
     dtype = jnp.dtype(config.student.compute_dtype)
     reference = None
     if config.reflection.objective == "dpo":
-        reference = jax.tree.map(lambda x: x.update(dtype=dtype), state.params)
+        fewer = jax.eval_shape(partial(narrow, dtype=dtype), state.params)
+        reference = jax.tree.map(lambda x, y: x.update(dtype=y.dtype), state.params, fewer)
     step = make_step(
         model,
         _optimizer(config),

@@ -128,7 +128,7 @@ def train_step(
       state: What is updated.
       batch: From `put_batch`.
       frozen: Weights that are used and not trained; None where all are trained.
-      reference: As `state.params` was when the round began; for DPO only.
+      reference: As `state.params` was when the round began, `model.narrow` or not; DPO only.
       config, optimizer, objective, states: As in `make_step`.
     """
     grads, figures = gradients(
