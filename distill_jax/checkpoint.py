@@ -106,14 +106,17 @@ class TrainingCheckpoints:
         saved = self._manager.save(step, args=ocp.args.StandardSave(state))
         assert saved, f"step {step} was saved before"
 
+    def any(self) -> bool:
+        """Whether a state was saved, which may not be readable."""
+        return bool(self._steps())
+
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read, in the layout of `like`; None if there is none.
 
         A state that can't be read, such as a copy cut short, is named in the log and the one
         before it is taken.
         """
-        steps = tell("looking for train states", lambda: sorted(self._manager.all_steps()))
-        for step in reversed(steps):
+        for step in reversed(self._steps()):
             restored = None
             try:
                 restored = _restore(
@@ -129,6 +132,9 @@ class TrainingCheckpoints:
                 return TrainState(*restored)
             self._manager.delete(step)
         return None
+
+    def _steps(self) -> list[int]:
+        return tell("looking for train states", lambda: sorted(self._manager.all_steps()))
 
 
 def _restore(folder: Path | epath.Path, read: Any) -> Any:

@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from distill_jax import packing, plain_packing
 from distill_jax.ballot import Ballot
 from distill_jax.batches import Course
-from distill_jax.checkpoint import TrainingCheckpoints, abstract, remove, save_params
+from distill_jax.checkpoint import TrainingCheckpoints, remove, save_params
 from distill_jax.chips import find_chip
 from distill_jax.config import Config
 from distill_jax.interrupts import postponed
@@ -32,7 +33,10 @@ from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig, Params, narrow
 from distill_jax.student.objective import Objective
 from distill_jax.student.step import (
+    TrainState,
+    abstract_state,
     init_state,
+    lay_state,
     make_optimizer,
     make_step,
     num_row_shards,
@@ -94,23 +98,20 @@ def train_round(
     schedule = warmup_schedule(by_round(train.learning_rates, round_index), train.warmup_steps)
     optimizer = make_optimizer(schedule, train.weight_decay)
     course = make_course(config, model, mesh, rows, round_index)
-    trained, frozen = load()
-    reference = _copy(trained, config) if course.objective.reflection == "dpo" else None
-    state, layout = init_state(trained, optimizer, mesh)
-    step = make_step(
-        model,
-        optimizer,
-        course.objective,
-        mesh=mesh,
-        state_shardings=layout,
-        compute_dtype=jnp.dtype(config.student.compute_dtype),
-        remat=train.remat,
-    )
     title = f"training, round {round_index}"
     figures = _Figures(folder / "metrics.jsonl", round_index, mesh)
     with closing(figures), postponed() as asked_to_stop:
         with TrainingCheckpoints(folder / "training") as checkpoints:
-            state = checkpoints.restore(abstract(state)) or state
+            state, frozen, reference = _begin(config, load, optimizer, mesh, checkpoints)
+            step = make_step(
+                model,
+                optimizer,
+                course.objective,
+                mesh=mesh,
+                state_shardings=lay_state(state.params, optimizer, mesh),
+                compute_dtype=jnp.dtype(config.student.compute_dtype),
+                remat=train.remat,
+            )
             done = int(state.step)
             moments = _Moments(train.checkpoint_every, mesh, asked_to_stop, done)
             progress.note(f"{title}: {_tell_shapes(course)}")
@@ -167,6 +168,29 @@ def by_round(values: Sequence[T], round_index: int) -> T:
       7e-07
     """
     return values[min(round_index, len(values)) - 1]
+
+
+def _begin(
+    config: Config,
+    load: Callable[[], tuple[Params, Params | None]],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    checkpoints: TrainingCheckpoints,
+) -> tuple[TrainState, Params | None, Params | None]:
+    """The state that was saved, or a fresh one; what is not trained; and DPO's reference.
+
+    The weights that the round began with are let go before a saved state is read: both may not fit.
+    """
+    trained, frozen = load()
+    reference = _copy(trained, config) if config.reflection.objective == "dpo" else None
+    if checkpoints.any():
+        like = abstract_state(trained, optimizer, mesh)
+        del trained
+        state = checkpoints.restore(like)
+        if state is not None:
+            return state, frozen, reference
+        trained, frozen = load()  # none of what was saved can be read
+    return init_state(trained, optimizer, mesh)[0], frozen, reference
 
 
 def _copy(params: Params, config: Config) -> Params:

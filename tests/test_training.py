@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from random_models import LLAMA, make_params
 
+from distill_jax.checkpoint import TrainingCheckpoints
 from distill_jax.config import parse_config
 from distill_jax.config_file import override
 from distill_jax.int_lists import MIN_SHARED, IntLists, Prompts
@@ -164,6 +165,31 @@ def test_a_loss_that_is_no_number_says_what_to_lower_and_where_to_go_on(tmp_path
     with pytest.raises(TrainingDiverged, match=r"lower train\.learning_rates") as found:
         train(tmp_path, (1, 1, 1))
     assert str(found.value).endswith(f", and {ANOTHER_FOLDER}.")
+
+
+def test_a_state_that_is_read_replaces_the_weights_that_the_round_began_with(
+    tmp_path: Path, monkeypatch
+):
+    train(tmp_path, (1, 1, 1), stop_after=4)
+    restore, left = TrainingCheckpoints.restore, []
+
+    def watch(self, like):
+        left.append([x for x in jax.live_arrays() if x.shape == (MODEL.padded_vocab, MODEL.width)])
+        return restore(self, like)
+
+    before = len([x for x in jax.live_arrays() if x.shape == (MODEL.padded_vocab, MODEL.width)])
+    monkeypatch.setattr(TrainingCheckpoints, "restore", watch)
+    assert train(tmp_path, (1, 1, 1))
+    assert [len(arrays) for arrays in left] == [before]
+
+
+def test_where_no_saved_state_can_be_read_the_round_begins_anew(tmp_path: Path, weights: dict):
+    train(tmp_path, (1, 1, 1), stop_after=4)
+    for path in (tmp_path / "training").rglob("*"):
+        if path.is_file() and path.stat().st_size > 100:
+            path.write_bytes(path.read_bytes()[:50])
+    jax.tree.map(np.testing.assert_array_equal, train(tmp_path, (1, 1, 1)), weights)
+    assert [row["step"] for row in figures(tmp_path)] == list(range(STEPS))
 
 
 def test_dpo_begins_at_its_reference_in_half_precision_too(tmp_path: Path, monkeypatch):

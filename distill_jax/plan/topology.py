@@ -37,6 +37,7 @@ from distill_jax.student.sampling import Sampling
 from distill_jax.student.sharding import AXES, TRAIN_RULES, count_slices, shardings
 from distill_jax.student.step import (
     TrainState,
+    abstract_state,
     lay_batch,
     lay_state,
     make_optimizer,
@@ -241,10 +242,8 @@ def _abstract_state(
     params = jax.tree.map(_shape, shapes, layout)
     params, frozen = lora.split(params) if model.lora else (params, None)
     optimizer = _optimizer(config)
-    laid = lay_state(params, optimizer, mesh)
-    moments = jax.tree.map(_shape, jax.eval_shape(optimizer.init, params), laid.opt_state)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=laid.step)  # pyright: ignore
-    return TrainState(count, params, moments), frozen, laid  # pyright: ignore
+    state = abstract_state(params, optimizer, mesh)
+    return state, frozen, lay_state(params, optimizer, mesh)
 
 
 def _shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -204,6 +204,19 @@ def lay_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mes
     return TrainState(everywhere, param_shardings, opt_shardings)  # pyright: ignore
 
 
+def abstract_state(
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """What `init_state` would make, as shapes with shardings; `params` may be such shapes, too."""
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    moments = jax.eval_shape(optimizer.init, params)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        TrainState(count, params, moments),  # pyright: ignore
+        lay_state(params, optimizer, mesh),
+    )
+
+
 def num_row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are spread."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
