@@ -130,9 +130,9 @@ def train_round(
                         "computed_tokens": batch.tokens.size,
                         "flops": step_flops(model, batch.counts),
                     }
-                    rate = float(jnp.asarray(schedule(index)))
-                    facts = {"step": index, "epoch": epoch, "learning_rate": rate, **work}
-                    advance(1, figures.add(facts, metrics))
+                    facts = {"step": index, "epoch": epoch, **work}
+                    measured = {"learning_rate": schedule(index), **metrics}
+                    advance(1, figures.add(facts, measured))
                 figures.flush()
         save_params(folder / "checkpoint", state.params)
         figures.finish()
@@ -261,11 +261,11 @@ class _Figures:
         self._rows = Partial(path)
         self._sinks = ExitStack()
         self._send: Send = lambda row: None
-        self._waiting: tuple[dict[str, Any], dict[str, jax.Array]] | None = None
+        self._waiting: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._last = time.monotonic()
         self._window: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
 
-    def add(self, facts: dict[str, Any], metrics: dict[str, jax.Array]) -> str:
+    def add(self, facts: dict[str, Any], metrics: dict[str, Any]) -> str:
         """Takes the figures of one step; returns a few words on the step before it."""
         words = self.flush()
         self._waiting = (facts, metrics)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from random_models import LLAMA, make_params
 
+from distill_jax import training
 from distill_jax.checkpoint import TrainingCheckpoints
 from distill_jax.config import parse_config
 from distill_jax.config_file import override
@@ -21,6 +22,7 @@ from distill_jax.progress import Advance, Progress
 from distill_jax.rows import Rows
 from distill_jax.run_folder import ANOTHER_FOLDER, read_rows
 from distill_jax.student.sharding import make_mesh
+from distill_jax.student.step import make_step, warmup_schedule
 from distill_jax.training import TrainingDiverged, train_round
 
 MODEL = replace(LLAMA, layers=2)
@@ -190,6 +192,40 @@ def test_where_no_saved_state_can_be_read_the_round_begins_anew(tmp_path: Path, 
             path.write_bytes(path.read_bytes()[:50])
     jax.tree.map(np.testing.assert_array_equal, train(tmp_path, (1, 1, 1)), weights)
     assert [row["step"] for row in figures(tmp_path)] == list(range(STEPS))
+
+
+def test_nothing_of_a_step_is_read_before_the_next_is_on_its_way(tmp_path: Path, monkeypatch):
+    events = []
+
+    class Rate:
+        """A learning rate that tells when somebody waits for it."""
+
+        def __init__(self, index: int):
+            self.index = index
+
+        def __array__(self, *_, **__) -> np.ndarray:
+            events.append(("read", self.index))
+            return np.array(1e-4, np.float32)
+
+    def schedule(step):
+        return Rate(step) if isinstance(step, int) else warmup_schedule(1e-4, 0)(step)
+
+    def make(*args, **settings):
+        step = make_step(*args, **settings)
+
+        def send(*arrays):
+            events.append(("sent", sum(kind == "sent" for kind, _ in events)))
+            return step(*arrays)
+
+        return send
+
+    monkeypatch.setattr(training, "warmup_schedule", lambda *_: schedule)
+    monkeypatch.setattr(training, "make_step", make)
+    train(tmp_path, (1, 1, 1))
+    at = {event: place for place, event in enumerate(events)}
+    waited = [i for i in range(STEPS - 1) if at["read", i] < at["sent", i + 1]]
+    assert waited == [2, 5]  # the ends of epochs, where all is saved
+    assert len(events) == 2 * STEPS
 
 
 def test_dpo_begins_at_its_reference_in_half_precision_too(tmp_path: Path, monkeypatch):
