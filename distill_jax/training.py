@@ -128,7 +128,7 @@ def train_round(
                     state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
                     work = {
                         "computed_tokens": batch.tokens.size,
-                        "flops": step_flops(model, batch.counts),
+                        "flops": step_flops(model, batch.counts, course.objective),
                     }
                     facts = {"step": index, "epoch": epoch, **work}
                     measured = {"learning_rate": schedule(index), **metrics}

@@ -188,7 +188,7 @@ def ours(shape: Shape, samples: list[list[Any]]) -> tuple[Callable[[int], dict],
         "computed_tokens": round(computed),
         "useful_share": round(useful / computed, 3),
         "programs": sorted({sizes.index(size) for size in sizes}),
-        "flops": [step_flops(make_config(shape), batch.counts) for batch in batches],
+        "flops": [step_flops(make_config(shape), batch.counts, objective) for batch in batches],
     }
 
 

@@ -289,7 +289,7 @@ def test_four_devices_take_the_steps_of_one():
         for index in range(2):
             samples = make_samples(index, config.vocab_size, 4)
             batch = pack(samples, objective, Grid(1, shards, 6 // shards), shared=4)
-            assert step_flops(config, batch.counts) > 0
+            assert step_flops(config, batch.counts, objective) > 0
             state, figures = step(state, put_batch(batch, mesh))
             losses.append(float(figures["loss"]))
             means.append(jax.device_get(optax.tree.get(state.opt_state, "mu")))

@@ -1,6 +1,7 @@
 """What a run takes of hardware that is not here, against figures worked out by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from distill_jax.plan.memory import count_exam_memory, count_memory
 from distill_jax.plan.page import page_json, page_lines
 from distill_jax.plan.teacher import plan_teacher
 from distill_jax.plan.work import USUAL, Texts, count_round, make_batch
-from distill_jax.student.architecture import ModelConfig
+from distill_jax.student.architecture import Lora, ModelConfig
 from distill_jax.student.model import abstract_params
 
 MODEL = ModelConfig(
@@ -59,6 +60,19 @@ def test_a_round_is_counted_by_hand():
     products = 3 * MATRICES * tokens + 32 * 512 * work.answer_tokens
     seen = work.prompt_tokens * 50 / 2 + work.answer_tokens * (50 + work.answer_tokens / 410 / 2)
     assert work.exam_flops == pytest.approx(2 * products + 4 * 3 * 4 * 8 * seen)
+
+
+def test_dpo_takes_a_forward_pass_more():
+    def work(objective: str, **student: Any) -> float:
+        settings = config(
+            reflection={"objective": objective}, student={"model": "scratch", **student}
+        )
+        model = replace(MODEL, lora=Lora(2, 4.0, ("query",))) if student else MODEL
+        return count_round(settings, model, TEXTS).step_flops
+
+    forward = work("dpo") - work("ranking")
+    assert forward == pytest.approx(work("ranking") / 3)
+    assert work("dpo", lora={"rank": 2}) - work("ranking", lora={"rank": 2}) == forward
 
 
 def test_the_weights_of_each_device_are_counted_by_hand():

@@ -14,6 +14,7 @@ from distill_jax.plan.work import Round, Texts, count_round, read_student, read_
 from distill_jax.questions import default_data_dir, load_questions
 from distill_jax.student.flops import step_flops
 from distill_jax.student.model import ModelConfig
+from distill_jax.training import make_objective
 
 GB = 1e9
 
@@ -234,7 +235,7 @@ def compile_programs(config: Config, student: Student, name: str, *, answers: bo
         layout=layout,
         step=step,
         useful_tokens=int(batch.counts.useful),
-        useful_flops=step_flops(model, batch.counts),
+        useful_flops=step_flops(model, batch.counts, make_objective(config)),
         devices=len(found.devices),
         peak=found.chip.flops,
         answers=program,

@@ -188,7 +188,7 @@ def count_round(config: Config, model: ModelConfig, texts: Texts) -> Round:
         rows=rows,
         steps=train.epochs * -(-rows // train.batch_size),
         useful_tokens=int(batch.counts.useful),
-        step_flops=step_flops(model, batch.counts),
+        step_flops=step_flops(model, batch.counts, make_objective(config)),
         answers=answers,
         answer_tokens=written,
         prompt_tokens=read,

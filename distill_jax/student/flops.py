@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
+from distill_jax.student.objective import Objective
 from distill_jax.student.tree import Counts
 
 
@@ -28,11 +29,11 @@ def forward_flops(config: ModelConfig, *, tokens: float, predictions: float, pai
     return 2.0 * (block_weights(config) * tokens + head * predictions + attention)
 
 
-def step_flops(config: ModelConfig, counts: Counts) -> float:
+def step_flops(config: ModelConfig, counts: Counts, objective: Objective) -> float:
     """Operations that a step has to do, forward and backward, without padding or recomputing.
 
-    Where only adapters are trained, the large matrices have no gradient, and adapters cost next to
-    nothing.
+    DPO's reference is a forward pass more. Where only adapters are trained, the large matrices have
+    no gradient, and adapters cost next to nothing.
     """
     count = partial(
         forward_flops,
@@ -49,7 +50,8 @@ def step_flops(config: ModelConfig, counts: Counts) -> float:
         encode = partial(forward_flops, encoder, tokens=read, predictions=0.0)
         matrices += added + encode(pairs=0.0)
         everything += added + encode(pairs=pairs)
-    return 3 * everything - matrices if config.lora else 3 * everything
+    passes = 4 if objective.reflection == "dpo" else 3
+    return passes * everything - (matrices if config.lora else 0.0)
 
 
 def _cross_flops(config: EncoderDecoderConfig, *, read: float, written: float) -> float:
