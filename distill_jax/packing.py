@@ -160,8 +160,9 @@ def measure(groups: Iterable[Sequence[Item]], branches: Branches) -> Shape:
 def branch_texts(item: Item, branches: Branches, kind: str) -> list[Tokens]:
     """The branches of one kind; live ones begin with the last token of the prompt."""
     texts: list[Tokens] = [getattr(item, name) for name in getattr(branches, kind)]
-    begin = () if kind == "cut" else item.prompt[-1:]
-    return [begin + text if text else () for text in texts]
+    if kind == "cut":  # these serve reflection alone: rows without a pair have none
+        return texts if item.positive and item.negative else [()] * len(texts)
+    return [item.prompt[-1:] + text if text else () for text in texts]
 
 
 def round_up(size: int) -> int:
@@ -256,20 +257,17 @@ def pack(
         lambda *parts: np.stack(parts).reshape(*grid[:2], *parts[0].shape),
         *(line.arrays() for line in lines),
     )
-    counts: list[Any] = [
-        np.float32(number)
-        for number in (
-            sum(len(shared) + len(item.prompt) - 1 + len(item.anchor) for item in items),
-            sum(is_valid(item, objective) for item in items),
-            len(items),
-            len(shared) + sum(line.num_put for line in lines),
-            len(shared) + sum(line.num_predicting for line in lines),
-            len(shared) * (len(shared) + 1) // 2 + sum(line.num_pairs for line in lines),
-            0,  # a decoder reads nothing
-            0,
-        )
-    ]
-    return Batch(**stacked, counts=Counts(*counts))
+    numbers: Any = (
+        sum(len(shared) + len(item.prompt) - 1 + len(item.anchor) for item in items),
+        sum(is_valid(item, objective) for item in items),
+        len(items),
+        len(shared) + sum(line.num_put for line in lines),
+        len(shared) + sum(line.num_predicting for line in lines),
+        len(shared) * (len(shared) + 1) // 2 + sum(line.num_pairs for line in lines),
+        0,  # a decoder reads nothing
+        0,
+    )
+    return Batch(**stacked, counts=Counts(*map(np.float32, numbers)))
 
 
 class _Line:

@@ -131,7 +131,12 @@ def _count(
     items: Sequence[Item], branches: Branches, num_shared: int, objective: Objective
 ) -> Counts:
     prompts = [num_shared + len(item.prompt) for item in items]
-    texts = [[len(getattr(item, name)) for name in sum(branches, ())] for item in items]
+    live = branches.predicting + branches.silent
+    used = [live + branches.cut if is_valid(item, objective) else live for item in items]
+    texts = [
+        [len(getattr(item, name)) for name in names]
+        for item, names in zip(items, used, strict=True)
+    ]
     predicted = [len(getattr(item, name)) for item in items for name in branches.predicting]
     read, written = sum(prompts), sum(map(sum, texts))
     numbers: list[Any] = [

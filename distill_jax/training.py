@@ -127,7 +127,7 @@ def train_round(
                         raise KeyboardInterrupt(f"{title}: saved after step {index}; {GO_ON}")
                     state, metrics = step(state, put_batch(batch, mesh), frozen, reference)
                     work = {
-                        "computed_tokens": batch.tokens.size,
+                        "computed_tokens": batch.computed,
                         "flops": step_flops(model, batch.counts, course.objective),
                     }
                     facts = {"step": index, "epoch": epoch, **work}

@@ -303,6 +303,24 @@ def test_four_devices_take_the_steps_of_one():
     assert_same_training(one, many, means)
 
 
+@pytest.mark.parametrize("prefix_gradient", [True, False])
+def test_tokens_are_counted_on_both_sides_and_copies_only_with_a_pair(prefix_gradient):
+    samples, grid = make_samples(1, 131, 5), Grid(2, 1, 3)
+    objective = Objective(prefix_gradient=prefix_gradient)
+    batch = pack(samples, objective, grid, shared=5)
+    rest = [item._replace(prompt=item.prompt[5:]) for item in samples]
+    (shape,) = plain_packing.plan_shapes([rest], grid, objective).values()
+    shared = samples[0].prompt[:5]
+    computed = plain_packing.count_tokens(shape, grid, shared=shared, objective=objective)
+    assert batch.computed == computed
+    answers = [
+        len(x.anchor) * (1 if prefix_gradient or not x.positive else 2)
+        + len(x.positive) + len(x.negative)
+        for x in samples
+    ]  # fmt: skip
+    assert batch.counts.useful == sum(len(x.prompt) for x in samples) + sum(answers) <= computed
+
+
 def test_narrow_weights_make_the_same_bits():
     config, half = variant("t5"), jnp.bfloat16
     tokens, _, mask = make_rows([9, 5], vocab_size=config.vocab_size)

@@ -29,7 +29,7 @@ def expected_branches(item: Item, objective: Objective) -> tuple[tuple, tuple]:
         return (anchor, negative), ()
     if objective.prefix_gradient:
         return (anchor, positive, negative), ()
-    return (anchor,), (anchor, positive, negative)
+    return (anchor,), (anchor, positive, negative) if positive else ((), (), ())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -80,6 +80,21 @@ def test_weights_are_those_of_the_flat_sequences(objective):
     weighed = zip(batch.tokens[..., :first].ravel(), batch.targets.ravel(), strict=True)
     seen = {pair for pair, w in zip(weighed, batch.weights.ravel(), strict=True) if w}
     assert seen == set(pairs)
+
+
+def test_a_row_without_a_pair_takes_the_room_of_its_anchor_alone():
+    whole = next(item for item in make_samples(3, 99, 0) if item.positive and item.negative)
+    grid = make_grid(2, microbatches=1, shards=1)
+    for alone in ({"positive": ()}, {"negative": ()}, {"positive": (), "negative": ()}):
+        items = [whole._replace(**alone)] * 2
+        plain, paired = (
+            pack(items, grid, plan_shapes([items], grid, x), shared=(), objective=x)
+            for x in (Objective(reflection="none"), Objective())
+        )
+        assert not paired.valid.any()
+        for name in ("useful", "pairs", "predictions"):
+            assert getattr(paired.counts, name) == getattr(plain.counts, name)
+        assert paired.computed == plain.computed
 
 
 def test_most_of_what_is_computed_is_useful_at_the_lengths_of_gsm8k():

@@ -71,9 +71,8 @@ def test_every_state_is_that_of_the_flat_sequence(name, seed, shared, count, pre
     assert len(batch.live if prefix_gradient else batch.cut) == 2
     found = np.asarray(states(params, put_batch(batch, make_mesh(SHARDS, 1, 1))))
     texts = list(find_texts(batch))
-    # Without a pair a row is its anchor, and where branches are cut its copy.
-    kinds = {True: 4 - prefix_gradient, False: 2 - prefix_gradient}
-    assert len(texts) == sum(kinds[bool(item.positive)] for item in samples)
+    paired = 4 - prefix_gradient  # where branches are cut, the anchor's copy too
+    assert len(texts) == sum(paired if item.positive else 1 for item in samples)
     flat = np.zeros((40, 40), np.int32)
     for row, (tokens, _, _) in enumerate(texts):
         flat[row, : len(tokens)] = tokens

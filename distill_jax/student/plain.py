@@ -9,6 +9,7 @@ a row, R their tokens, T the decoder's tokens of a shard, C the first of them, N
 one of these, D width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,6 +46,12 @@ class PlainBatch(NamedTuple):
     counts: Counts
     others: Int[Array, "M S C N"] | None = None
     shares: Float[Array, "M S C N"] | None = None
+
+    @property
+    def computed(self) -> int:
+        """Tokens of the encoder and of the decoder, padding and each `start_id` included."""
+        answers = sum(x.size + math.prod(x.shape[:-1]) for x in (self.live, self.cut))
+        return self.tokens.size + answers
 
 
 AnyBatch = Batch | PlainBatch

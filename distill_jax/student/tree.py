@@ -77,6 +77,11 @@ class Batch(NamedTuple):
     others: Int[Array, "M S C N"] | None = None  # what might stand in a target's place, if that
     shares: Float[Array, "M S C N"] | None = None  # is known, and its share of the prediction
 
+    @property
+    def computed(self) -> int:
+        """Tokens, padding included."""
+        return self.tokens.size
+
 
 def tree_states(
     config: ModelConfig,
