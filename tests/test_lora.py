@@ -14,6 +14,7 @@ import transformers
 import yaml
 from random_models import make_params, make_published, make_rows, run, variant, whole
 from samples import make_batch, make_samples
+from test_model import equations
 from test_rounds import SMALL
 
 from distill_jax.adapters import save_adapters
@@ -76,6 +77,13 @@ def test_adapters_compute_what_the_sum_of_matrices_does(config):
     np.testing.assert_allclose(hidden, expected, atol=1e-5)
     merged, _ = run(config.plain, merge(config, params), *rows)
     np.testing.assert_allclose(merged, expected, atol=1e-5)
+
+
+def test_accelerators_merge_without_rounding():
+    merged = jax.make_jaxpr(functools.partial(merge, LLAMA))(make_params(LLAMA))
+    products = [x for x in equations(merged.jaxpr) if x.primitive.name == "dot_general"]
+    assert len(products) == len(ADAPTABLE)
+    assert {x.params["precision"] for x in products} == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 def states(config, mesh):

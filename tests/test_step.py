@@ -1,5 +1,6 @@
 """The tree step against the original's flat passes in PyTorch, and against itself cut up."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from random_models import LLAMA, make_params, variant
 from samples import APART, make_batch, make_samples
+from test_model import equations
 
 from distill_jax import weights
 from distill_jax.packing import Grid, Item
 from distill_jax.scratch import make_tokenizer
+from distill_jax.student.architecture import ADAPTABLE, Lora
 from distill_jax.student.model import ModelConfig, Remat
 from distill_jax.student.objective import Objective
 from distill_jax.student.sharding import make_mesh
@@ -271,6 +274,23 @@ def test_remat_changes_what_is_kept_and_not_the_gradient():
     assert least < less < most
     assert_close(dots, plain, 1e-6)
     assert_close(full, plain, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accelerators_are_told_not_to_round_what_is_float32(dtype):
+    config, objective = dataclasses.replace(LLAMA, lora=Lora(3, 12.0, ADAPTABLE)), Objective()
+    mesh, exact = make_mesh(1, 1, 1), (jax.lax.Precision.HIGHEST,) * 2
+    states = bind_states(config, mesh, compute_dtype=jnp.dtype(dtype), remat="dots")
+    batch = make_batch(make_samples(1, config.vocab_size, 4), 4, objective)
+    call = functools.partial(gradients, config, objective=objective, states=states)
+    found: dict[str, set[bool]] = {}
+    for equation in equations(jax.make_jaxpr(call)(make_params(config), batch).jaxpr):
+        if equation.primitive.name == "dot_general":
+            short = any(x.aval.dtype == jnp.bfloat16 for x in equation.invars)
+            kind = "bfloat16" if short else "float32"
+            found.setdefault(kind, set()).add(equation.params["precision"] == exact)
+    assert found.pop("float32") == {True}
+    assert found == ({"bfloat16": {False}} if dtype == "bfloat16" else {})
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (4, 1, 2)])

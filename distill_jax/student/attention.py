@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from distill_jax.student.architecture import RopeScaling
@@ -244,8 +245,16 @@ def _mix(
     return _product(left, right) if reaches is None else _cut_product(left, right, reaches)
 
 
-def _product(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
+def product(left: Array, right: Array, dtype: DTypeLike | None = None) -> Array:
+    """The product of matrices, in their own dtype or in `dtype`.
+
+    Accelerators round what is float32 to fewer bits before they multiply, unless told not to.
+    """
+    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.matmul(left, right, precision=exact, preferred_element_type=dtype)
+
+
+_product = functools.partial(product, dtype=jnp.float32)
 
 
 @jax.custom_vjp

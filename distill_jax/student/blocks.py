@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distill_jax.student.architecture import ACTIVATIONS, Lora, ModelConfig
-from distill_jax.student.attention import Turns, rotate, scale_each
+from distill_jax.student.attention import Turns, product, rotate, scale_each
 
 Look = Callable[[Array, Array, Array], tuple[Array, Any]]
 """Queries [B, L, heads, H], keys and values [B, L, K, H] to what attention mixed, shaped like the
@@ -63,8 +63,8 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens i"]) -> Float[Array, "tokens o"]:
         a, b = (weight[...].astype(x.dtype) for weight in (self.a, self.b))
-        thin = x @ a.reshape(x.shape[-1], -1)
-        return (thin * self.scale) @ b.reshape(thin.shape[-1], -1)
+        thin = product(x, a.reshape(x.shape[-1], -1))
+        return product(thin * self.scale, b.reshape(thin.shape[-1], -1))
 
 
 def adapt(
@@ -98,10 +98,10 @@ def multiply(
     array = weight[...].astype(x.dtype)
     tokens, out = x.shape[: x.ndim - dims], array.shape[dims:]
     flat = x.reshape(math.prod(tokens), -1)
-    product = flat @ array.reshape(-1, math.prod(out))
+    mixed = product(flat, array.reshape(-1, math.prod(out)))
     if adapter is not None:
-        product += adapter(flat)
-    return add(product.reshape(*tokens, *out), bias)
+        mixed += adapter(flat)
+    return add(mixed.reshape(*tokens, *out), bias)
 
 
 class Norm(nnx.Module):

@@ -77,4 +77,4 @@ def _merge(adapters: Params, rest: Params, scale: float) -> Params:
 
 def _product(a: Array, b: Array) -> Array:
     """What an adapter's matrices are together, for every layer of the stack."""
-    return jax.vmap(partial(jnp.tensordot, axes=1))(a, b)
+    return jax.vmap(partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST))(a, b)

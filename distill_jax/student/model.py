@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from distill_jax.student.architecture import EncoderDecoderConfig, ModelConfig
-from distill_jax.student.attention import Segment, Stretch, Turns, attend, make_turns
+from distill_jax.student.attention import Segment, Stretch, Turns, attend, make_turns, product
 from distill_jax.student.blocks import Block, Norm, Remat, constant, matrix, multiply, recompute
 from distill_jax.student.encoder_decoder import EncoderDecoder
 
@@ -315,7 +315,7 @@ def logits(
     """Scores of every token to come; -inf for the rows that pad the vocabulary."""
     weight, bias = head(config, params)
     hidden = hidden * config.head_scale
-    scores = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    scores = product(hidden, weight.astype(hidden.dtype), jnp.float32)
     if config.logit_cap is not None:
         scores = config.logit_cap * jnp.tanh(scores / config.logit_cap)
     return scores if bias is None else scores + jnp.broadcast_to(bias, scores.shape)
