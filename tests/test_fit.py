@@ -1,6 +1,7 @@
 """What a run takes of hardware that is not here, against figures worked out by hand."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from distill_jax.chips import CHIPS
 from distill_jax.config import ConfigError, parse_config
+from distill_jax.config_file import override
 from distill_jax.layouts import num_weights
 from distill_jax.packing import round_up
 from distill_jax.plan.fit import find_hardware, fit, nearest, plan_student
@@ -115,8 +117,10 @@ def test_batches_have_the_shapes_of_real_ones():
     assert longest.tokens.shape[-1] - 10 == round_up(13 - 1 + 25)  # the longest prompt and text
     with pytest.raises(
         ConfigError, match=r"prompts of 307 tokens leave no room in a context of 256"
-    ):
+    ) as refused:
         make_batch(config(), MODEL, Texts(300, (7, 9), 2, 0, True), shards=1, share=1.0)
+    advice = re.search(r"set (\S+),", str(refused.value))
+    assert advice and "student" not in override(config(), [advice[1]]).task.demonstrations
 
 
 def test_the_exam_holds_as_many_answers_as_fit():

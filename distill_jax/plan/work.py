@@ -121,7 +121,8 @@ def make_batch(
     if not ordered:
         raise ConfigError(
             f"prompts of {texts.shared + min(texts.prompts):,} tokens leave no room in a context "
-            f"of {model.max_positions:,}; set task.demonstrations=false or name another student."
+            f"of {model.max_positions:,}; set task.demonstrations=[teacher], so that the student "
+            "is not shown them, or name another student."
         )
     size = train.batch_size
     if share == LONGEST:
