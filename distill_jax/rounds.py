@@ -306,7 +306,7 @@ def _train(school: School, round_index: int, exam: Path) -> str:
     assert student is not None, "a teacher that sits exams is not trained"
     folder = round_folder(school.folder, round_index)
     if tell("looking for metrics.jsonl", (folder / "metrics.jsonl").exists):
-        return True
+        return ""
     left_out: Counter[str] = Counter()
     rows = make_rows(
         _choose(school, round_index, left_out),
