@@ -267,7 +267,8 @@ def pack(
         0,  # a decoder reads nothing
         0,
     )
-    return Batch(**stacked, counts=Counts(*map(np.float32, numbers)))
+    counts: Any = map(np.float32, numbers)
+    return Batch(**stacked, counts=Counts(*counts))
 
 
 class _Line:
