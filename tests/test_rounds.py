@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -221,3 +222,22 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(runs: Runs, undis
     assert done.returncode == 2
     assert "other settings (train.epochs: 2 -> 5); continue it with its own" in done.stderr
     assert done.stdout == ""
+
+
+def test_another_folder_with_a_copy_of_the_ledger_buys_nothing_twice(runs: Runs, undisturbed: Path):
+    folder = runs.folder / "slower"
+    folder.mkdir()
+    for path in undisturbed.glob("ledger.sqlite*"):
+        shutil.copy(path, folder)
+    student = f"student.model={undisturbed / 'round_00' / 'student'}"
+    runs.finish("slower", student, "train.learning_rates=[1e-4]", "rounds.max=1")
+    first = [read_rows(stage(path, 1, "lesson")) for path in (folder, undisturbed)]
+    assert first[0] == first[1] and num_answers(folder) == num_answers(undisturbed)
+
+
+def test_a_stage_that_is_gone_with_the_result_is_repeated(runs: Runs, undisturbed: Path):
+    folder = shutil.copytree(undisturbed, runs.folder / "repeated")
+    stage(folder, 1, "dev").unlink()
+    assert not stage(runs.finish("repeated"), 1, "dev").exists()
+    (folder / "result.json").unlink()
+    assert records(runs.finish("repeated")) == records(undisturbed)
