@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -69,11 +68,6 @@ def load_params(folder: Path, like: Params) -> Params:
     """
     with ocp.StandardCheckpointer() as reader:
         return _restore(folder, lambda: reader.restore(_fetch(folder), like))
-
-
-def abstract(tree: Any) -> Any:
-    """The shapes, dtypes and shardings of a tree of arrays, as a target to restore into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 class TrainingCheckpoints:

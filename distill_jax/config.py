@@ -103,7 +103,7 @@ class TeacherConfig(Section):
     mode: Literal["chat", "batch"] = "chat"  # batch: the provider's Batch API, cheaper and slower
     concurrency: Count = 32  # requests in flight, at most; fewer while the server refuses some
     per_minute: tuple[CountOrAll, CountOrAll] = (0, 0)  # requests, tokens; 0 is no limit
-    budget_usd: NotNegative = 0.0  # a hard limit for the run; endpoints that cost nothing need none
+    budget_usd: NotNegative = 0.0  # no request is sent that should pass it; what is free needs none
     price_usd: tuple[NotNegative, NotNegative] | None = None  # prompt, completion; a million tokens
 
 

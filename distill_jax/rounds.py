@@ -359,8 +359,8 @@ def _explain_no_rows(rows: Rows, max_positions: int) -> str:
         return NOTHING_KEPT
     return (
         f"all rows, {num_long:,}, are too long for the student's {max_positions:,} positions: "
-        "lower teacher.max_tokens, show the student fewer task.demonstrations, or name a student "
-        "with more positions"
+        "name a student with more positions, show it fewer task.demonstrations, or lower "
+        f"teacher.max_tokens, which buys all answers anew; {run_folder.ANOTHER_FOLDER}"
     )
 
 

@@ -49,7 +49,8 @@ FREE_TO_CHANGE = (
 """Knobs that may differ when a run goes on: they change its speed or price, not its records."""
 
 ANOTHER_FOLDER = (
-    "name another folder; with a copy of this run's ledger.sqlite* in it no answer is bought twice"
+    "name another folder; with a copy of this run's ledger.sqlite* in it, requests that stay the "
+    "same are not paid again, and what was spent counts against the budget"
 )
 """How to change the others."""
 

@@ -179,7 +179,8 @@ def _begin(
 ) -> tuple[TrainState, Params | None, Params | None]:
     """The state that was saved, or a fresh one; what is not trained; and DPO's reference.
 
-    The weights that the round began with are let go before a saved state is read: both may not fit.
+    The weights that the round began with are let go before a saved state is read: memory may not
+    hold both.
     """
     trained, frozen = load()
     reference = _copy(trained, config) if config.reflection.objective == "dpo" else None
@@ -189,6 +190,7 @@ def _begin(
         state = checkpoints.restore(like)
         if state is not None:
             return state, frozen, reference
+        del frozen
         trained, frozen = load()  # none of what was saved can be read
     return init_state(trained, optimizer, mesh)[0], frozen, reference
 

@@ -86,7 +86,7 @@ class Machines(Runs):
         return {*self.bucket.tags()}
 
     def saved(self, round_index: int) -> bool:
-        """Whether the bucket has the state of some training step, at least the third."""
+        """Whether the bucket has the state of some training step."""
         state = rf"round_{round_index:02d}/training/\d+/commit_success.txt"
         return any(re.fullmatch(state, name) for name in self.names())
 

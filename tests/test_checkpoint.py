@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from distill_jax.checkpoint import TrainingCheckpoints, abstract, load_params, save_params
+from distill_jax.checkpoint import TrainingCheckpoints, load_params, save_params
 from distill_jax.student.sharding import make_mesh
 from distill_jax.student.step import TrainState, init_state, make_optimizer, warmup_schedule
 
@@ -19,6 +19,10 @@ def make_params(sizes: tuple[int, int, int]) -> dict:
     layout = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
     scale = jax.device_put(jnp.arange(6.0), NamedSharding(mesh, PartitionSpec()))
     return {"block": {"up": jax.device_put(weight, layout)}, "norm": scale}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def assert_equal(got, wanted) -> None:

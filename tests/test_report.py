@@ -309,15 +309,19 @@ def test_the_terminal_gets_words_only(run):
 @pytest.mark.parametrize(
     ("model", "rounds", "who", "why"),
     [
-        ("teacher", 0, "The teacher is", "questions."),
-        ("scratch", 0, "The untrained student is", "questions."),
+        ("teacher", 1, "The teacher is", "questions."),
+        ("scratch", 1, "The untrained student is", "questions."),
         ("scratch", 3, "The untrained student is", "questions: no round did better on dev."),
     ],
 )
-def test_a_result_without_rounds_says_whose_it_is(run, tmp_path, model, rounds, who, why):
+def test_a_result_without_training_says_whose_it_is(run, tmp_path, model, rounds, who, why):
     summary = summarise(run)
-    config = sample_config(tmp_path, student={"model": model}, rounds={"max": rounds})
-    untrained = dataclasses.replace(summary, config=config, test={0: summary.test[0]})
+    untrained = dataclasses.replace(
+        summary,
+        config=sample_config(tmp_path, student={"model": model}),
+        rounds=summary.rounds[:rounds],
+        test={0: summary.test[0]},
+    )
     assert headline(untrained).startswith(who) and headline(untrained).endswith(why)
 
 

@@ -42,7 +42,8 @@ def headline(summary: Summary) -> str:
     if exams:
         marks = exams[0][1].marks
         who = "teacher" if summary.config.student.model == TEACHER else "untrained student"
-        why = ": no round did better on dev" if summary.config.rounds.max else ""
+        trained = any(entry.dev for entry in summary.rounds if entry.round_index)
+        why = ": no round did better on dev" if trained else ""
         return (
             f"The {who} is the result, with {_with_interval(marks)} on {marks.num_questions:,} "
             f"test questions{why}."

@@ -13,9 +13,9 @@ _PAPER: Mapping[str, Any] = {"reflection.weight": 0.5, "task.dev_fraction": 0.0}
 
 
 def beyond_paper(config: Config) -> list[tuple[str, str, str]]:
-    """Knobs that differ from the paper's setting: name, the paper's value, this run's.
+    """Knobs that differ from the paper's value, or the default where it has none.
 
-    Where the paper has no such thing its value is the default.
+    Each as name, that value, this run's.
 
     Example:
       >>> from distill_jax.config import parse_config

@@ -212,7 +212,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Every answer with all that is known of it, in the order asked; raises as `read_totals`.
 
     The body is given as it came. Reasoning that came beside a text is given apart from it. The
-    request is given as it would be without a dialect: what its model refuses was not sent.
+    request is given as it would be without a dialect, in ledgers of old as it was sent.
     """
     with opened_for_reading(path) as database:
         cursor = database.execute(

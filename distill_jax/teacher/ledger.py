@@ -184,8 +184,8 @@ class Ledger:
         """Writes down that a request is about to be sent, if the budget allows it.
 
         The check and the reservation are one transaction, so that reservations never pass the
-        limit, whatever runs at the same time. An answer that costs more than was reserved for it,
-        of which is warned, can.
+        limit, whatever runs at the same time. An answer that costs more than its reservation can
+        pass it; that is warned of once.
 
         Args:
           request, slots: As for `request_key`, and the samples it asks for.
