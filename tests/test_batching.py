@@ -287,7 +287,7 @@ def test_a_batch_that_is_out_is_collected_by_chat_too(tmp_path: Path, caplog):
             rows = client(path, ledger, url, mode="chat", **PRICED).complete(asks(5))
     assert [[c.text for c in row] for row in rows] == texts(5)
     assert read_totals(path).spent_usd == pytest.approx(5 * COST)
-    assert "batch batch_0 is out" in caplog.text
+    assert "batch batch_0 first" in caplog.text
     assert len(state.rows) == 1  # and this server can do nothing else
 
 

@@ -310,15 +310,18 @@ def test_the_terminal_gets_words_only(run):
     ("model", "rounds", "who", "why"),
     [
         ("teacher", 1, "The teacher is", "questions."),
-        ("scratch", 1, "The untrained student is", "questions."),
-        ("scratch", 3, "The untrained student is", "questions: no round did better on dev."),
+        ("gpt2", 1, "The untrained student is", "questions."),
+        ("gpt2", 3, "The untrained student is", "questions: no round did better on dev."),
     ],
 )
 def test_a_result_without_training_says_whose_it_is(run, tmp_path, model, rounds, who, why):
     summary = summarise(run)
+    teacher = {"url": "http://localhost:1/v1"}
     untrained = dataclasses.replace(
         summary,
-        config=sample_config(tmp_path, student={"model": model}),
+        config=sample_config(
+            tmp_path, student={"model": model}, rounds={"max": rounds - 1}, teacher=teacher
+        ),
         rounds=summary.rounds[:rounds],
         test={0: summary.test[0]},
     )

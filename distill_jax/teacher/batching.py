@@ -77,10 +77,7 @@ class Batching:
         for batch in batch_book.open_batches(desk.ledger, desk.account.endpoint):
             found = await self._find_again(batch)
             if found is not None:
-                log.warning(
-                    "batch %s comes first: nothing is asked until it is over and booked.",
-                    found.remote,
-                )
+                log.warning("batch %s first: nothing is asked until it is over.", found.remote)
                 await self._collect(found)
             self._check()
 
